@@ -1,0 +1,156 @@
+"""A linear layer that learns a low-rank update to frozen weights.
+
+Notebook 01 builds this class line by line; everything else in the course wraps a model with it.
+Read `LoRALinear.forward` first: its last line is the whole idea.
+
+Source: Hu et al. (2021), "LoRA", section 4.1, arXiv:2106.09685.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored (in_features, out_features).
+
+    Known by its name and shape, so that this package need not import transformers.
+    """
+    return type(layer).__name__ == "Conv1D" and getattr(getattr(layer, "weight", None), "ndim", 0) == 2 and hasattr(layer, "nf")
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Can `LoRALinear.wrap` take this layer?"""
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a layer that `is_linear`."""
+    rows, columns = layer.weight.shape
+    return (rows, columns) if is_conv1d(layer) else (columns, rows)
+
+
+def check_settings(in_features: int, out_features: int, rank: int, alpha: float, dropout: float) -> None:
+    """Raise ValueError, in one sentence, for settings that do not fit an (out_features, in_features) weight."""
+    largest = min(in_features, out_features)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
+        raise ValueError(f"rank={rank!r} does not fit a {out_features} x {in_features} weight: "
+                         f"choose a whole number, 1 <= rank <= {largest}.")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha} is not finite: choose a number such as {2 * rank} (twice the rank).")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} is not a share: choose 0 <= dropout < 1.")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trainable update of rank ``rank``.
+
+    ``y = base_layer(x) + scaling * x @ lora_A.T @ lora_B.T`` with ``scaling = alpha / rank``.
+    ``lora_B`` starts at zero, so a new layer returns exactly what ``base_layer`` returns.
+
+    Args:
+        in_features, out_features: size of the frozen weight, (out_features, in_features).
+        rank: inner dimension r, 1 <= rank <= min(in_features, out_features).
+        alpha: numerator of ``scaling``, no unit. PEFT calls it ``lora_alpha``.
+        dropout: share of the inputs of ``lora_A`` that is zeroed in training mode.
+        base_layer: the frozen layer; made new (an nn.Linear) when left out. See `wrap`.
+
+    Shapes:
+        lora_A (rank, in_features), Kaiming-uniform as in loralib (the paper: Gaussian)
+        lora_B (out_features, rank), zeros
+        x (..., in_features) -> y (..., out_features)
+
+    The factors have the base's dtype, or float32 over a 16-bit base (as in PEFT): small updates need the digits.
+
+    Raises:
+        ValueError: a rank outside the range above, an alpha that is not finite, a dropout that is no share.
+    """
+
+    merged_weight: torch.Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
+                 base_layer: nn.Module | None = None):
+        super().__init__()
+        check_settings(in_features, out_features, rank, alpha, dropout)
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.scaling = alpha / rank
+        self.base_layer = (nn.Linear(in_features, out_features) if base_layer is None else base_layer).requires_grad_(False)
+        dtype = self.weight.dtype if self.weight.dtype not in (torch.bfloat16, torch.float16) else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=self.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        self.register_buffer("merged_weight", None, persistent=False)   # state_dict() is the same merged or not
+
+    @classmethod
+    def wrap(cls, base_layer: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> "LoRALinear":
+        """The same, around a layer that exists (nn.Linear, or transformers' Conv1D): it is frozen in place, not copied."""
+        if isinstance(base_layer, cls):
+            raise ValueError("this layer is a LoRALinear already: wrap its base_layer, or remove_lora first.")
+        if not is_linear(base_layer):
+            raise TypeError(f"a {type(base_layer).__name__} cannot be wrapped: LoRALinear takes nn.Linear and transformers' Conv1D.")
+        return cls(*features(base_layer), rank, alpha, dropout, base_layer)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W₀ as the base layer stores it: (out_features, in_features), or transposed in a Conv1D. Never changed by a merge."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        return self.merged_weight is not None
+
+    def delta_weight(self) -> torch.Tensor:
+        """The update ``scaling * lora_B @ lora_A``, (out_features, in_features), in the factors' dtype."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    @torch.no_grad()
+    def folded_weight(self) -> torch.Tensor:
+        """W₀ plus the update, laid out and typed as W₀; the sum is made in float32 or wider, then rounded once.
+
+        Raises:
+            ValueError: an entry of the update, or of the sum, is not finite.
+        """
+        delta = self.delta_weight()
+        delta = delta.T if is_conv1d(self.base_layer) else delta
+        folded = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        if not (delta.isfinite().all() and folded.isfinite().all()):
+            raise ValueError(f"the update of this {self.out_features} x {self.in_features} layer is not finite, so it is not merged "
+                             "and the weights stay as they were: train again with a smaller learning rate.")
+        return folded
+
+    def merge(self) -> None:
+        """Compute W₀ + update once and use it from now on: one matrix product instead of three.
+
+        W₀ is kept beside it (the price is one more copy of the matrix), so that `unmerge` gives it back bit for bit.
+        """
+        if self.merged:
+            raise RuntimeError("this layer is merged already: unmerge() first.")
+        self.merged_weight = self.folded_weight()
+
+    def unmerge(self) -> None:
+        """Forget the merged weight: W₀ was never touched."""
+        if not self.merged:
+            raise RuntimeError("this layer is not merged: there is nothing to unmerge.")
+        self.merged_weight = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged_weight is not None:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("a merged layer cannot train, its factors are out of the sum: call unmerge(), or eval() to use it.")
+            return F.linear(x, self.merged_weight.T if is_conv1d(self.base_layer) else self.merged_weight, self.bias)
+        y = self.base_layer(x)                                          # (..., out_features)
+        x = x.to(self.lora_A.dtype)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        low = x.reshape(-1, self.in_features) @ self.lora_A.T           # (N, rank): two thin products, never the full BA
+        wide = y.reshape(-1, self.out_features).to(low.dtype)           # a 16-bit base: the sum is made in float32, as in PEFT
+        return torch.addmm(wide, low, self.lora_B.T, alpha=self.scaling).reshape(y.shape).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}, merged={self.merged}"
