@@ -1,0 +1,58 @@
+"""Models that are already trained: fable from the package, a folder on disk, or a name on the Hugging Face hub."""
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from lora_edu.models.llama import Llama
+
+FABLE = Path(__file__).parent / "fable"
+
+
+def best_device() -> torch.device:
+    """The fastest device here: CUDA, then Apple's MPS, then the CPU. The variable LORA_EDU_DEVICE overrules it."""
+    asked = os.environ.get("LORA_EDU_DEVICE")
+    if asked:
+        return torch.device(asked)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_pretrained(name: str | Path = "fable", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tokenizer]:
+    """A model in eval mode on the CPU, and its tokenizer (`encode(text).ids`, `decode(ids)`).
+
+    Args:
+        name: "fable" (in the package, offline), the path of a Hugging Face folder of a LLaMA, or a name on the hub
+            such as "HuggingFaceTB/SmolLM2-135M" (through transformers: the extra `hub`, and a network the first time).
+        dtype: of the weights; fable is stored in bfloat16, and widening it loses nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is not complete, or its config is not supported.
+        RuntimeError: a hub name, and transformers or the network is missing.
+    """
+    path = FABLE if name == "fable" else Path(name)
+    if not path.is_dir():
+        return load_from_hub(str(name), dtype)
+    model = Llama.from_folder(path, dtype)
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} has no tokenizer.json: save the model's fast tokenizer there.")
+    return model, Tokenizer.from_file(str(file))
+
+
+def load_from_hub(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError:
+        raise RuntimeError(f"{name!r} is neither 'fable' nor a folder, and loading it from the hub needs transformers: "
+                           'pip install "lora-edu[hub]".') from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{name!r} is neither 'fable' nor a folder, and the hub did not give it: check the spelling and the "
+                           f"network, or download it and pass the folder ({str(error).splitlines()[0]})") from error
+    return model.eval(), tokenizer.backend_tokenizer

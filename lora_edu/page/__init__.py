@@ -1,0 +1,1 @@
+"""What the reader sees: claims, guesses, exercises, figures, widgets."""

@@ -1,0 +1,1 @@
+"""How it learns: texts, tasks, and the one training loop."""

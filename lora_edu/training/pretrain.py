@@ -1,0 +1,182 @@
+"""How fable was made: a tokenizer and a small `Llama`, trained from nothing on plain text.
+
+    python -m lora_edu.training.pretrain --text tales.txt.gz=0.5 novels.txt.gz=0.5 --valid tales_valid.txt.gz --out FOLDER
+
+Texts are UTF-8 (.gz or not) with documents separated by a line <|endoftext|>; `=0.5` is the share of the batches that a
+text fills, whatever its size. What is read when is fixed by the seed alone, so a run that was interrupted (Ctrl-C, a
+power cut) goes on from its last checkpoint when the same command is given again.
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+
+from lora_edu.models.llama import Llama, LlamaConfig
+from lora_edu.models.pretrained import best_device
+from lora_edu.training.corpora import END, read_text, tokenize, windows
+from lora_edu.training.loop import adamw, evaluate, train, warmup_linear
+
+SHAPE = LlamaConfig(vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+                    num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True)
+TOKENS_A_STEP = 4096
+CHECKPOINT_EVERY, EVALUATE_EVERY = 250, 500      # steps
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, characters_each: int = 9_000_000) -> Tokenizer:
+    """Byte-level BPE: every text can be written in it. The end-of-text token has id 0."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator((text[:characters_each].replace(END, "") for text in texts), trainer)
+    return tokenizer
+
+
+def window_lengths(steps: int, longest: int) -> list[int]:
+    """Short windows first (attention over them costs less), the full context for the last third of the steps."""
+    return [longest // 2 if step < steps * 2 // 3 else longest for step in range(steps)]
+
+
+def reading_order(sizes: list[int], shares: list[float], steps: int, longest: int, seed: int):
+    """Yield, for each step, (text, start) for every window of its batch, and the windows' length.
+
+    A text is read from end to end at a random offset, its windows shuffled, before any of it comes again.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    waiting: dict[tuple[int, int], list[int]] = {}
+    for length in window_lengths(steps, longest):
+        rows = TOKENS_A_STEP // length
+        batch = []
+        for text in torch.multinomial(torch.tensor(shares), rows, replacement=True, generator=generator).tolist():
+            starts = waiting.setdefault((text, length), [])
+            if not starts:
+                offset = torch.randint(length, (), generator=generator).item()
+                count = (sizes[text] - 1 - offset) // length
+                starts += [offset + length * i for i in torch.randperm(count, generator=generator).tolist()]
+            batch.append((text, starts.pop()))
+        yield batch, length
+
+
+def batches(tokens: list[torch.Tensor], order):
+    for places, length in order:
+        rows = torch.stack([tokens[text][start:start + length + 1] for text, start in places]).long()
+        yield rows[:, :-1], rows[:, 1:]
+
+
+def save_checkpoint(file: Path, model: Llama, optimizer, step: int, curve: list) -> None:
+    part = file.with_suffix(".part")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}, part)
+    part.replace(file)
+
+
+def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6, lr: float = 3e-3, seed: int = 0,
+             config: LlamaConfig = SHAPE) -> float:
+    """Train and write a model folder; returns the final loss on `valid` in nats per token.
+
+    Args:
+        texts: file -> share of the batches that come from it.
+        tokens: how many tokens to read in all, repeats counted.
+        out: folder for config.json, model.safetensors (bf16), tokenizer.json, curve.json; a checkpoint while it runs.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = math.ceil(tokens / TOKENS_A_STEP)
+    tokenizer, data, held_out, held_out_bytes = prepare(texts, valid, folder, config.vocab_size)
+    device = best_device()
+    torch.manual_seed(seed)
+    model = Llama(config).to(device)
+    optimizer = adamw(model, weight_decay=0.1, betas=(0.9, 0.98))
+    first, curve = 0, []
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, curve = saved["step"], saved["curve"]
+        print(f"going on from step {first} of {steps}")
+    order = reading_order([len(t) for t in data], list(texts.values()), steps, config.max_position_embeddings, seed)
+    for _ in range(first):
+        next(order)
+
+    few = held_out[::max(1, len(held_out) // 8)]
+    bar = tqdm(train(model, batches(data, order), steps, lr, schedule=warmup_linear(0.02), optimizer=optimizer,
+                     autocast=sixteen_bits(device), first_step=first), total=steps, initial=first, unit="step", mininterval=5)
+    loss = float("nan")
+    for done in bar:
+        loss = done.loss if math.isnan(loss) else 0.98 * loss + 0.02 * done.loss
+        bar.set_postfix_str(f"loss {loss:.3f}, {done.tokens_per_second:,.0f} tokens/s", refresh=False)
+        if done.step % EVALUATE_EVERY == 0 or done.step == steps:
+            curve.append([done.step * TOKENS_A_STEP, round(loss, 4), round(evaluate(model, few), 4)])
+            tqdm.write("tokens {:,}  train {:.3f}  valid (a sample) {:.3f}".format(*curve[-1]))
+        if done.step % CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, model, optimizer, done.step, curve)
+
+    final = evaluate(model, held_out)
+    model.save_folder(folder, dtype=torch.bfloat16)
+    counted = sum(batch[1].numel() for batch in held_out)
+    report = {"tokens": steps * TOKENS_A_STEP, "steps": steps, "lr": lr, "seed": seed, "device": str(device),
+              "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "valid_nats_per_token": round(final, 4),
+              "valid_bits_per_byte": round(final * counted / math.log(2) / held_out_bytes, 4),
+              "curve": {"columns": ["tokens read", "train loss (running mean)", "valid loss (a sample)"], "rows": curve}}
+    part = folder / "curve.json.part"
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    part.replace(folder / "curve.json")
+    checkpoint.unlink(missing_ok=True)
+    return final
+
+
+def prepare(texts, valid, folder: Path, vocab_size: int):
+    """The tokenizer (trained once, then read back), every text as token ids, the held-out windows and their size in bytes."""
+    raw = {file: read_text(file) for file in texts}
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        part = folder / "tokenizer.json.part"
+        train_tokenizer(list(raw.values()), vocab_size).save(str(part))
+        part.replace(file)
+    tokenizer = Tokenizer.from_file(str(file))
+    data = [tokenize(tokenizer, text).to(torch.int32) for text in raw.values()]
+    held_out_text = read_text(valid)
+    held_out_tokens = tokenize(tokenizer, held_out_text)
+    held_out = windows(held_out_tokens, 512)
+    share_kept = sum(batch[1].numel() for batch in held_out) / len(held_out_tokens)     # the last part window is left out
+    print(f"{sum(map(len, data)):,} tokens to learn from; {len(held_out_text.encode()) / len(held_out_tokens):.2f} bytes a token")
+    return tokenizer, data, held_out, len(held_out_text.encode()) * share_kept
+
+
+def sixteen_bits(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the hardware multiplies it faster than float32, else None."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)     # absent before torch 2.6: float32 then
+    return torch.bfloat16 if device.type == "cpu" and has() else None
+
+
+def text_and_share(argument: str) -> tuple[str, float]:
+    file, _, share = argument.rpartition("=")
+    return (file, float(share)) if file else (share, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lora_edu.training.pretrain", description="Train a small Llama on plain text.")
+    parser.add_argument("--text", nargs="+", required=True, type=text_and_share, metavar="FILE[=SHARE]")
+    parser.add_argument("--valid", required=True, metavar="FILE", help="held-out text, never trained on")
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+    parser.add_argument("--tokens", type=float, default=30e6)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        final = pretrain(dict(args.text), args.valid, args.out, args.tokens, args.lr, args.seed)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nStopped. The same command goes on from the last checkpoint in {args.out}.") from None
+    print(f"valid: {final:.4f} nats per token; written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
