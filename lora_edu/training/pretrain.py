@@ -87,7 +87,7 @@ def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     steps = math.ceil(tokens / TOKENS_A_STEP)
-    tokenizer, data, held_out, held_out_bytes = prepare(texts, valid, folder, config.vocab_size)
+    tokenizer, data, held_out, held_out_bytes = prepare(texts, valid, folder, config)
     device = best_device()
     torch.manual_seed(seed)
     model = Llama(config).to(device)
@@ -119,8 +119,9 @@ def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6
 
     final = evaluate(model, held_out)
     model.save_folder(folder, dtype=torch.bfloat16)
-    counted = sum(batch[1].numel() for batch in held_out)
+    counted = sum((targets != -100).sum().item() for _, targets in held_out)
     report = {"tokens": steps * TOKENS_A_STEP, "steps": steps, "lr": lr, "seed": seed, "device": str(device),
+              "shares": {Path(file).name: share for file, share in texts.items()},
               "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "valid_nats_per_token": round(final, 4),
               "valid_bits_per_byte": round(final * counted / math.log(2) / held_out_bytes, 4),
               "curve": {"columns": ["tokens read", "train loss (running mean)", "valid loss (a sample)"], "rows": curve}}
@@ -131,22 +132,21 @@ def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6
     return final
 
 
-def prepare(texts, valid, folder: Path, vocab_size: int):
+def prepare(texts: dict[str, float], valid: str, folder: Path, config: LlamaConfig):
     """The tokenizer (trained once, then read back), every text as token ids, the held-out windows and their size in bytes."""
     raw = {file: read_text(file) for file in texts}
     file = folder / "tokenizer.json"
     if not file.exists():
         part = folder / "tokenizer.json.part"
-        train_tokenizer(list(raw.values()), vocab_size).save(str(part))
+        train_tokenizer(list(raw.values()), config.vocab_size).save(str(part))
         part.replace(file)
     tokenizer = Tokenizer.from_file(str(file))
     data = [tokenize(tokenizer, text).to(torch.int32) for text in raw.values()]
     held_out_text = read_text(valid)
     held_out_tokens = tokenize(tokenizer, held_out_text)
-    held_out = windows(held_out_tokens, 512)
-    share_kept = sum(batch[1].numel() for batch in held_out) / len(held_out_tokens)     # the last part window is left out
-    print(f"{sum(map(len, data)):,} tokens to learn from; {len(held_out_text.encode()) / len(held_out_tokens):.2f} bytes a token")
-    return tokenizer, data, held_out, len(held_out_text.encode()) * share_kept
+    size = len(held_out_text.encode())
+    print(f"{sum(map(len, data)):,} tokens to learn from; the held-out text has {size / len(held_out_tokens):.2f} bytes a token")
+    return tokenizer, data, windows(held_out_tokens, config.max_position_embeddings), size
 
 
 def sixteen_bits(device: torch.device) -> torch.dtype | None:

@@ -1,0 +1,114 @@
+"""load_pretrained: fable, folders, hub names; and best_device."""
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from lora_edu import best_device, load_pretrained
+from lora_edu.models import pretrained
+
+
+def test_fable_loads_offline_in_eval_mode_as_float32():
+    model, tokenizer = load_pretrained("fable")
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
+    assert sum(p.numel() for p in model.parameters()) == 3_688_704
+    assert tokenizer.get_vocab_size() == model.config.vocab_size == 2048 and tokenizer.token_to_id("<|endoftext|>") == 0
+    assert tokenizer.decode(tokenizer.encode("Once upon a time…").ids) == "Once upon a time…"
+    assert load_pretrained("fable", dtype=torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
+
+
+def test_fable_loads_in_under_a_second():
+    """A promise to the reader, with room: the median of five was about a tenth of it."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        load_pretrained("fable")
+        times.append(time.perf_counter() - began)
+    assert sorted(times)[2] < 1.0
+
+
+@torch.no_grad()
+def test_fable_is_a_transformers_llama_too():
+    """Oracle: transformers on the same folder; float32 to 1e-4, and float64 with its float32 norms to 1e-6 of the largest logit."""
+    x = torch.randint(2048, (2, 200), generator=torch.Generator().manual_seed(0))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 2e-5)):
+        ours, _ = load_pretrained("fable", dtype=dtype)
+        theirs = transformers.LlamaForCausalLM.from_pretrained(pretrained.FABLE, dtype=dtype).eval()
+        torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=tolerance)
+
+
+def test_fable_has_learned_its_language():
+    """A sentence in order is far likelier than its words shuffled; random weights cannot tell (ln 2048 = 7.6 nats)."""
+    model, tokenizer = load_pretrained("fable")
+
+    def loss(text):
+        ids = torch.tensor([[0, *tokenizer.encode(text).ids]])
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).item()
+
+    told = "Once upon a time there was a king who had three sons, and he loved them all."
+    assert loss(told) < 3.5 < loss(" ".join(sorted(told.split())))
+
+
+def test_a_folder_loads_like_fable(tmp_path):
+    model, tokenizer = load_pretrained("fable")
+    model.save_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+        load_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again, same = load_pretrained(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert isinstance(same, Tokenizer)
+
+
+def test_a_hub_name_goes_through_transformers(monkeypatch, tmp_path):
+    """The same calls as for a name, answered by a folder: no hub can be reached where tests run."""
+    model, tokenizer = load_pretrained("fable")
+    model.save_folder(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path)
+    got, same = pretrained.load_from_hub(str(tmp_path), torch.float32)
+    assert isinstance(got, transformers.LlamaForCausalLM) and not got.training
+    assert same.encode("the king").ids == tokenizer.encode("the king").ids
+
+
+def test_a_name_that_is_nowhere_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RuntimeError, match="'no/such-model' is neither 'fable' nor a folder.*network"):
+        load_pretrained("no/such-model")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RuntimeError, match=r'pip install "lora-edu\[hub\]"'):
+        load_pretrained("no/such-model")
+
+
+def test_best_device_honours_the_variable(monkeypatch):
+    monkeypatch.setenv("LORA_EDU_DEVICE", "cpu")
+    assert best_device() == torch.device("cpu")
+    monkeypatch.delenv("LORA_EDU_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert best_device() == torch.device("cuda")
+
+
+@pytest.mark.gpu
+def test_fable_gives_the_same_logits_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    model, _ = load_pretrained("fable")
+    x = torch.randint(2048, (2, 100))
+    with torch.no_grad():
+        want = model(x)
+        torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), want, rtol=0, atol=1e-2)
+
+
+def test_importing_the_library_needs_neither_widgets_nor_plots():
+    """torch, numpy, safetensors, tokenizers and tqdm are enough; the page loads when it is used."""
+    code = ("import sys\n"
+            "for name in ('ipywidgets', 'matplotlib', 'IPython', 'transformers', 'peft', 'huggingface_hub'): sys.modules[name] = None\n"
+            "import lora_edu\n"
+            "model, _ = lora_edu.load_pretrained()\n"
+            "lora_edu.apply_lora(model)\n"
+            "assert not any(name.startswith('lora_edu.page') for name in sys.modules)\n")
+    subprocess.run([sys.executable, "-c", code], check=True)

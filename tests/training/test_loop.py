@@ -1,0 +1,167 @@
+"""The loop against a loop written out by hand, and its promises: stops, schedules, modes, devices."""
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_edu import evaluate, train
+from lora_edu.training import loop
+from lora_edu.training.loop import Step, adamw, constant, fit, warmup_linear
+
+
+class Tiny(nn.Module):
+    """Logits of the next token from the one before it."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.embed, self.drop, self.head = nn.Embedding(11, 6), nn.Dropout(dropout), nn.Linear(6, 11)
+
+    def forward(self, ids):
+        return self.head(self.drop(self.embed(ids)))
+
+
+class HasLogits(Tiny):
+    def forward(self, ids):
+        return type("Output", (), {"logits": super().forward(ids)})
+
+
+def model(kind=Tiny, **how):
+    torch.manual_seed(0)
+    return kind(**how).double()
+
+
+def batches(n=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(n):
+        ids = torch.randint(11, (3, 8), generator=generator)
+        targets = ids[:, 1:].clone()
+        targets[0, :2] = -100
+        made.append((ids[:, :-1], targets))
+    return made
+
+
+@pytest.mark.parametrize("kind", [Tiny, HasLogits])
+def test_losses_and_weights_equal_a_loop_written_out(kind):
+    """Oracle: AdamW, clipping and the schedule by hand, on an identical model."""
+    ours, other = model(kind), model()
+    factor = warmup_linear(0.25)
+    steps = list(train(ours, batches(), 8, 0.05, schedule=factor, max_grad_norm=0.5))
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1.0, weight_decay=0.0)
+    for i, (inputs, targets) in enumerate(batches()):
+        logp = F.log_softmax(other(inputs), -1)
+        mask = targets != -100
+        loss = -(logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in other.parameters()))
+        for p in other.parameters():
+            p.grad *= min(1.0, 0.5 / norm)
+        optimizer.param_groups[0]["lr"] = 0.05 * factor(i, 8)
+        optimizer.step()
+        assert steps[i].loss == pytest.approx(loss.item(), rel=1e-6) and steps[i].grad_norm == pytest.approx(norm, rel=1e-6)
+    for a, b in zip(ours.parameters(), other.parameters()):      # clip_grad_norm_ divides by norm + 1e-6: not the last digits
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_schedules():
+    factor = warmup_linear(0.1)
+    values = [factor(i, 100) for i in range(100)]
+    assert values[0] == pytest.approx(0.1) and max(values) == 1.0 and values[9] == 1.0 and values[-1] == pytest.approx(1 / 90)
+    assert values[10:] == sorted(values[10:], reverse=True) and all(v > 0 for v in values)
+    assert [warmup_linear(0.0)(i, 4) for i in range(4)] == [1.0, 1.0, pytest.approx(2 / 3), pytest.approx(1 / 3)]
+    assert constant(3, 10) == 1.0
+
+
+def test_steps_are_counted_from_one_and_carry_the_learning_rate():
+    steps = list(train(model(), batches(), 4, 0.1, schedule=constant))
+    assert [s.step for s in steps] == [1, 2, 3, 4] and all(s.lr == 0.1 and s.tokens_per_second > 0 for s in steps)
+    assert isinstance(steps[0], Step)
+
+
+def test_evaluate_is_the_mean_over_counted_tokens_and_puts_the_mode_back():
+    net, data = model(dropout=0.5), batches(2) + [tuple(t[:1] for t in batches(1, 5)[0])]
+    net.eval()
+    with torch.no_grad():
+        rows = torch.cat([F.cross_entropy(net(x).flatten(0, 1), y.flatten(), reduction="none")[y.flatten() != -100] for x, y in data])
+    net.train()
+    assert evaluate(net, data) == pytest.approx(rows.mean().item(), rel=1e-12)      # not the mean of the batches' means
+    assert net.training
+    with pytest.raises(ValueError, match="no token that counts"):
+        evaluate(net, [])
+
+
+def test_only_what_is_trainable_moves():
+    net = model()
+    net.embed.requires_grad_(False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    list(train(net, batches(), 3, 0.1))
+    assert torch.equal(net.embed.weight, before["embed.weight"]) and not torch.equal(net.head.weight, before["head.weight"])
+    net.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter is frozen.*apply_lora"):
+        next(train(net, batches(), 3, 0.1))
+
+
+def test_stopping_early_keeps_what_was_learned_and_the_mode():
+    net = model().eval()
+    for step in train(net, batches(), 8, 0.1):
+        if step.step == 3:
+            break
+    assert not net.training
+    assert evaluate(net, batches()) < evaluate(model(), batches())
+
+
+def test_going_on_with_the_optimizer_equals_one_run():
+    whole, parts = model(), model()
+    list(train(whole, batches(), 8, 0.05))
+    optimizer = adamw(parts)
+    run = train(parts, batches(), 8, 0.05, optimizer=optimizer)
+    for _ in range(5):
+        next(run)
+    run.close()
+    list(train(parts, batches()[5:], 8, 0.05, optimizer=optimizer, first_step=5))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
+
+
+def test_batches_that_end_early_are_an_error():
+    with pytest.raises(ValueError, match="ended after 8 steps, and 9 were asked for"):
+        list(train(model(), batches(8), 9, 0.1))
+
+
+def test_fit_keeps_what_was_learned_when_interrupted(capsys, monkeypatch):
+    def interrupted():
+        yield from batches(3)
+        raise KeyboardInterrupt
+
+    net = model()
+    steps = fit(net, interrupted(), 8, 0.1)
+    assert [s.step for s in steps] == [1, 2, 3] and "Stopped after 3 of 8 steps" in capsys.readouterr().out
+    assert evaluate(net, batches()) < evaluate(model(), batches())
+    assert len(fit(net, batches(), 8, 0.1)) == 8
+
+
+def test_autocast_multiplies_in_16_bits_and_keeps_weights_and_losses_in_32():
+    net, seen = model().float(), []
+    net.head.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    steps = list(train(net, batches(), 2, 0.1, autocast=torch.bfloat16))
+    assert seen == [torch.bfloat16] * 2 and net.head.weight.dtype == torch.float32 and all(math.isfinite(s.loss) for s in steps)
+
+
+def test_only_matrices_decay():
+    groups = adamw(model(), weight_decay=0.3).param_groups
+    assert [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in groups] == [(0.3, {2}), (0.0, {1})]
+
+
+def test_16_bit_logits_are_widened_before_the_loss():
+    net = model().bfloat16()
+    assert loop.loss_on(net, batches(1)[0]).dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_batches_move_to_the_models_device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    net = model().cuda()
+    assert list(train(net, batches(), 8, 0.05))[-1].loss < evaluate(model(), batches())
