@@ -5,49 +5,10 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2LMHeadModel
 
 from lora_edu import LoRALinear, apply_lora, lora_parameters, lora_state_dict, merge_lora, remove_lora, unmerge_lora
-from lora_edu.models import llama
-
-
-def our_llama(tied=True):
-    torch.manual_seed(0)
-    return llama.Llama(llama.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                         num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=tied))
-
-
-def hf_llama(tied=False):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                        num_key_value_heads=1, tie_word_embeddings=tied))
-
-
-def gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
-
-
-MODELS = {"ours": our_llama, "transformers' Llama": hf_llama, "GPT-2": gpt2}
-IDS = torch.arange(10).view(2, 5)
-
-
-def logits(model):
-    with torch.no_grad():
-        out = model(IDS)
-    return getattr(out, "logits", out)
-
-
-def shake(model):
-    """Give every B something to say."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter, std=0.3)
-
-
-def names(model):
-    return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+from tests.lora.tiny import MODELS, hf_llama, logits, names, our_llama, shake
 
 
 def peft_matches(model, target_modules):
