@@ -129,6 +129,19 @@ def some_lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
     return layers
 
 
+def set_strength(model: nn.Module, strength: float) -> None:
+    """Turn every update to `strength` times what was trained: 0 is the base, 1 the adapter, between them a mixture.
+
+    Raises RuntimeError if a layer is merged, because the merged weight would not follow.
+    """
+    layers = some_lora_layers(model)
+    merged = [name for name, layer in layers if layer.merged]
+    if merged:
+        raise RuntimeError(f"merged: {shorten(merged)}. Call unmerge_lora(model), then turn the dial.")
+    for _, layer in layers:
+        layer.scaling = strength * layer.alpha / layer.rank
+
+
 def merge_lora(model: nn.Module) -> None:
     """Merge every LoRA layer, or none: if one update is not finite, those merged before it are unmerged again."""
     layers = some_lora_layers(model)

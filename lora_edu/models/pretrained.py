@@ -9,6 +9,7 @@ from torch import nn
 from lora_edu.models.llama import Llama
 
 FABLE = Path(__file__).parent / "fable"
+BISTRO_ADAPTER = FABLE / "bistro_lora"      # trained by `python -m lora_edu.record bistro_adapter`
 
 
 def best_device() -> torch.device:

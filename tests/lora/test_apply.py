@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 from lora_edu import LoRALinear, apply_lora, lora_parameters, lora_state_dict, merge_lora, remove_lora, unmerge_lora
+from lora_edu.lora.apply import set_strength
 from tests.lora.tiny import MODELS, hf_llama, logits, names, our_llama, shake
 
 
@@ -192,6 +193,24 @@ def test_merge_twice_unmerge_apart_and_models_without_lora_are_refused():
     merge_lora(model)
     with pytest.raises(RuntimeError, match="merged already"):
         merge_lora(model)
+
+
+def test_strength_is_a_dial_from_the_base_to_the_adapter():
+    """Oracle: the update of a dense matrix, times the strength."""
+    model = our_llama().eval()
+    plain = logits(model)
+    apply_lora(model, ["q_proj"], rank=2, alpha=6)
+    shake(model)
+    layer = model.model["layers"][0].self_attn.q_proj
+    full = 3 * layer.lora_B @ layer.lora_A
+    for strength in (0.0, 0.5, -1.0, 1.0):
+        set_strength(model, strength)
+        torch.testing.assert_close(layer.delta_weight(), strength * full)
+    set_strength(model, 0.0)
+    assert torch.equal(logits(model), plain)
+    merge_lora(model)
+    with pytest.raises(RuntimeError, match="unmerge_lora"):
+        set_strength(model, 0.5)
 
 
 def test_wrapping_keeps_each_layers_mode():

@@ -1,0 +1,235 @@
+"""The long experiments, one command each: python -m lora_edu.record NAME [--tales FILE]
+
+    bistro_adapter    the adapter that notebook 00 opens with, into models/fable/bistro_lora
+    lora_beside_full  LoRA and full fine-tuning on bistro and python_docs: records/lora_beside_full.json
+    placements        the same number of trainable numbers in different matrices: records/placements.json
+
+A record is small JSON with its settings, seeds, device, versions and date; notebooks show it and re-measure a slice.
+Rules (the same for every method): the learning rate is chosen on the validation split, from a grid of factor 2 that is
+widened until the best is not on its edge; the test split is reported; data order is fixed by the seed. "Full" trains exactly
+the matrices that LoRA adapts, embedding and norms frozen.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from lora_edu.lora.apply import apply_lora, find_targets, lora_layers
+from lora_edu.lora.layer import is_linear
+from lora_edu.lora.peft_format import save_adapter
+from lora_edu.models.pretrained import BISTRO_ADAPTER, best_device, load_pretrained
+from lora_edu.training import bistro, corpora
+from lora_edu.training.loop import evaluate, fit, train
+from lora_edu.training.pretrain import sixteen_bits
+
+RECORDS = Path(__file__).parent / "records"
+BATCH, LENGTH = 16, 128          # bistro: 16 records a step; python_docs: 16 windows of 128 tokens
+SEEDS = (1, 2, 3)                # reported; seed 0 is for choosing learning rates
+SIZES = {"bistro": {"steps": 200, "every": 25}, "python_docs": {"steps": 120, "every": 20}}
+FIRST_RATES = {"lora": (4e-3, 8e-3, 1.6e-2), "full": (5e-4, 1e-3, 2e-3)}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PLACEMENTS = {"all-linear": (PROJECTIONS, 8), "MLP": (PROJECTIONS[4:], 14), "Q, K, V, O": (PROJECTIONS[:4], 19), "Q, V": (("q_proj", "v_proj"), 38)}
+
+
+def load_record(name: str) -> dict:
+    """A record that came with the package, by its name."""
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def store_record(name: str, content: dict, began: float) -> None:
+    """Write a record with where, when and with what it was made."""
+    device = best_device()
+    made = {"date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device} ({platform.machine()})",
+            "threads": torch.get_num_threads(), "minutes": round((time.time() - began) / 60, 1), "torch": torch.__version__,
+            "python": platform.python_version(), "products in": str(sixteen_bits(device) or torch.float32).removeprefix("torch."),
+            "command": f"python -m lora_edu.record {name}"}
+    RECORDS.mkdir(exist_ok=True)
+    part = RECORDS / f"{name}.json.part"
+    part.write_text(json.dumps({"made": made} | content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, RECORDS / f"{name}.json")
+
+
+class Task:
+    """What to learn: training batches by seed, and held-out batches to choose by (valid) and to report (test)."""
+
+    def __init__(self, name: str, tokenizer, n: int = 400):
+        self.name, self.tokenizer = name, tokenizer
+        if name == "bistro":
+            self.valid, self.test = (bistro.heldout(tokenizer, n // 2, split="valid"), bistro.heldout(tokenizer, n, split="test"))
+            self.records = bistro.records("test", n)
+        else:
+            self.tokens = corpora.tokenize(tokenizer, corpora.python_docs("train"))
+            self.valid, self.test = (corpora.windows(corpora.tokenize(tokenizer, corpora.python_docs(s)), LENGTH)[:n // 32] for s in ("valid", "test"))
+
+    def batches(self, steps: int, seed: int):
+        if self.name == "bistro":
+            return bistro.batches(self.tokenizer, steps, BATCH, seed)
+        return corpora.packed_batches(self.tokens, LENGTH, BATCH, seed, steps)
+
+
+def prepare(model, method: str, targets="all-linear", rank: int = 8, seed: int = 0) -> int:
+    """Make exactly the target matrices learn, by LoRA (alpha = 2 rank) or in full; returns how many numbers train."""
+    torch.manual_seed(seed)          # the factors' random start
+    if method == "lora":
+        apply_lora(model, targets, rank=rank, alpha=2 * rank)
+    else:
+        linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+        model.requires_grad_(False)
+        for name in find_targets(model, linears, targets):
+            linears[name].weight.requires_grad_(True)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def size_of_change(model, base) -> dict[str, float]:
+    """How far the matrices moved: ||ΔW|| / ||W₀||, Frobenius over all of them and the mean of the spectral ratios; no unit."""
+    plain, lora = dict(base.named_modules()), dict(lora_layers(model))
+    pairs = []
+    for name, module in model.named_modules():
+        if name in lora:
+            pairs.append((lora[name].delta_weight(), plain[name].weight))
+        elif is_linear(module) and module.weight.requires_grad:
+            pairs.append((module.weight - plain[name].weight, plain[name].weight))
+    with torch.no_grad():
+        moved, were = (sum(m[i].float().pow(2).sum() for m in pairs) for i in (0, 1))
+        spectral = [torch.linalg.matrix_norm(d.float(), 2) / torch.linalg.matrix_norm(w.float(), 2) for d, w in pairs]
+    return {"frobenius": round((moved / were).sqrt().item(), 4), "spectral": round(torch.stack(spectral).mean().item(), 4)}
+
+
+def run(task: Task, method: str, lr: float, seed: int, tales: dict, steps: int, every: int, targets="all-linear", rank: int = 8,
+        slots: bool = False) -> dict:
+    """One training from the untouched base; losses are nats per token, measured in float32."""
+    device = best_device()
+    base, _ = load_pretrained()
+    model = load_pretrained()[0].to(device)
+    trainable = prepare(model, method, targets, rank, seed)
+    path = []
+    for step in train(model, task.batches(steps, seed), steps, lr, autocast=sixteen_bits(device)):
+        if step.step % every == 0 or step.step == steps:
+            path.append([step.step, round(evaluate(model, task.valid[:2]), 4), round(evaluate(model, tales["its own"][:1]), 4)])
+    model.cpu()
+    result = {"lr": lr, "seed": seed, "trainable": trainable, "valid": round(evaluate(model, task.valid), 4), "path": path,
+              "change": size_of_change(model, base), "tales": {name: round(evaluate(model, some), 4) for name, some in tales.items()}}
+    if slots:
+        score = bistro.slot_accuracy(bistro.write(model, task.tokenizer, task.records), task.records)
+        result |= {"slots": round(score.slots, 4), "all_slots": round(score.all_slots, 4), "shares": [round(s, 3) for s in score.shares]}
+    return result | {"test": round(evaluate(model, task.test), 4)}
+
+
+def tune(rates: tuple[float, ...], one_run) -> list[dict]:
+    """Runs over a grid of factor 2, widened until the best validation loss is not on its edge (or six more were tried)."""
+    runs = [one_run(lr) for lr in rates]
+    for _ in range(6):
+        runs.sort(key=lambda r: r["lr"])
+        best = min(range(len(runs)), key=lambda i: runs[i]["valid"])
+        if 0 < best < len(runs) - 1:
+            break
+        runs.append(one_run(runs[0]["lr"] / 2 if best == 0 else runs[-1]["lr"] * 2))
+    return sorted(runs, key=lambda r: r["lr"])
+
+
+def best_rate(runs: list[dict]) -> float:
+    return min(runs, key=lambda r: r["valid"])["lr"]
+
+
+def tales_to_forget(file: str | None) -> dict:
+    """Batches of tales: fable's own (sampled from it) and, where a held-out text is given, tales that people wrote."""
+    model, tokenizer = load_pretrained()
+    tales = {"its own": corpora.tales_from(model, tokenizer, n=32, length=256)}
+    if file:
+        tales["held-out"] = corpora.windows(corpora.tokenize(tokenizer, corpora.read_text(file)), 256)[:4]
+    return tales
+
+
+def tuned_and_repeated(task: Task, method: str, tales: dict, seeds=SEEDS, **how) -> dict:
+    """Choose the rate on seed 0, then repeat with the reported seeds."""
+    tuning = tune(FIRST_RATES[method], lambda lr: said(run(task, method, lr, 0, tales, **how), task, method))
+    lr = best_rate(tuning)
+    repeats = [said(run(task, method, lr, seed, tales, slots=task.name == "bistro", **how), task, method) for seed in seeds]
+    return {"lr": lr, "tuning": tuning, "runs": repeats, "mean test": round(statistics.mean(r["test"] for r in repeats), 4)}
+
+
+def said(result: dict, task: Task, method: str) -> dict:
+    print(f"{task.name:12} {method:5} lr {result['lr']:.2g} seed {result['seed']}: valid {result['valid']:.3f}, test {result['test']:.3f}, "
+          f"tales {result['tales']['its own']:.3f}, change {result['change']}, slots {result.get('slots', '-')}", flush=True)
+    return result
+
+
+def before(tasks: list[Task], tales: dict) -> dict:
+    """Losses and slot accuracy of the untouched base, and the floor of a fluent sentence that ignores its input."""
+    model, tokenizer = load_pretrained()
+    found = {"tales": {name: round(evaluate(model, some), 4) for name, some in tales.items()},
+             "task": {task.name: {"valid": round(evaluate(model, task.valid), 4), "test": round(evaluate(model, task.test), 4)} for task in tasks}}
+    if tasks[0].name == "bistro":
+        records = tasks[0].records
+        floor = bistro.floor(records)
+        found |= {"slots": round(bistro.slot_accuracy(bistro.write(model, tokenizer, records), records).slots, 4),
+                  "floor": {name: round(score.slots, 4) for name, score in floor.items()}, "prompts": len(records)}
+    return found
+
+
+def lora_beside_full(tales_file: str | None = None, sizes: dict = SIZES, seeds=SEEDS, n: int = 400) -> dict:
+    tales = tales_to_forget(tales_file)
+    tasks = [Task(name, load_pretrained()[1], n) for name in sizes]
+    found = {"settings": {"rank": 8, "alpha": 16, "targets": "all-linear", "batch": BATCH, "sizes": sizes, "seeds": list(seeds), "tuning seed": 0,
+                          "rules not kept": f"{len(seeds)} seeds in place of five, to stay within half an hour on a CPU"},
+             "before": before(tasks, tales),
+             "tasks": {task.name: {method: tuned_and_repeated(task, method, tales, seeds, **sizes[task.name]) for method in ("lora", "full")}
+                       for task in tasks}}
+    # is it the rate or the steps? LoRA again, a quarter of its rate and four times the steps
+    patient = {key: 4 * value for key, value in sizes[tasks[0].name].items()}
+    found["patient"] = said(run(tasks[0], "lora", found["tasks"][tasks[0].name]["lora"]["lr"] / 4, seeds[0], tales, slots=True, **patient), tasks[0], "lora")
+    return found
+
+
+def placements(tales_file: str | None = None, steps: int = 150, seeds=SEEDS, n: int = 400) -> dict:
+    tales, task = tales_to_forget(tales_file), Task("bistro", load_pretrained()[1], n)
+    return {"settings": {"task": "bistro", "alpha": "2 rank", "batch": BATCH, "steps": steps, "seeds": list(seeds), "tuning seed": 0,
+                         "rules not kept": f"{len(seeds)} seeds in place of five, to stay within half an hour on a CPU; one task"},
+            "before": before([task], tales),
+            "placements": {name: {"targets": list(targets), "rank": rank} |
+                           tuned_and_repeated(task, "lora", tales, seeds, steps=steps, every=steps, targets=targets, rank=rank)
+                           for name, (targets, rank) in PLACEMENTS.items()}}
+
+
+def bistro_adapter(tales_file: str | None = None, steps: int = 1500, lr: float = 6e-3, rank: int = 6, seed: int = 0, out: Path = BISTRO_ADAPTER,
+                   n: int = 400) -> dict:
+    """Train and save the shipped adapter; its recipe and scores lie beside it."""
+    device = best_device()
+    model, tokenizer = load_pretrained()
+    task, tales = Task("bistro", tokenizer, n), tales_to_forget(tales_file)
+    report = {"before": before([task], tales)}
+    model.to(device)
+    trainable = prepare(model, "lora", rank=rank, seed=seed)
+    fit(model, task.batches(steps, seed), steps, lr, autocast=sixteen_bits(device))
+    model.cpu()
+    size = save_adapter(model, out, dtype=torch.bfloat16, base_name="fable")
+    from lora_edu.lora.peft_format import load_adapter
+    shipped = load_pretrained()[0]
+    load_adapter(shipped, out)              # what is scored is the file, rounded to 16 bits
+    score = bistro.slot_accuracy(bistro.write(shipped, tokenizer, task.records), task.records)
+    report["after"] = {"slots": round(score.slots, 4), "all_slots": round(score.all_slots, 4), "per_slot": {k: round(v, 4) for k, v in score.per_slot.items()},
+                       "test": round(evaluate(shipped, task.test), 4), "tales": {k: round(evaluate(shipped, v), 4) for k, v in tales.items()}}
+    return {"settings": {"rank": rank, "alpha": 2 * rank, "targets": "all-linear", "steps": steps, "lr": lr, "batch": BATCH, "seed": seed,
+                         "trainable": trainable, "bytes": size}} | report
+
+
+EXPERIMENTS = {"bistro_adapter": bistro_adapter, "lora_beside_full": lora_beside_full, "placements": placements}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lora_edu.record", description="Make one of the course's records again.")
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--tales", metavar="FILE", help="a held-out text of tales, to measure forgetting on as well")
+    args = parser.parse_args()
+    began = time.time()
+    store_record(args.name, EXPERIMENTS[args.name](args.tales), began)
+    print(f"stored {args.name} after {(time.time() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

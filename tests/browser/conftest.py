@@ -1,0 +1,225 @@
+"""A real JupyterLab on loopback and a real Chromium, for the tests of this folder.
+
+Nothing of the user's is read or changed: Jupyter's settings, config, data and runtime folders lie in pytest's own
+temporary folder, the notebooks are copies, and each gets a workspace of its own. A test that fails leaves a screenshot there.
+"""
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# A time limit here is for a busy machine; on an idle one a notebook opens in 5 s and a picture changes in 0.3 s.
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},   # else cells off screen are taken out of the page
+    "apputils-extension/notification": {"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True},
+    "docmanager-extension/plugin": {"autosave": False},
+}
+# What the page says when a kernel is truly connected; running cells before that opens a dialog.
+IDLE = """() => {
+  const session = window.jupyterapp?.shell?.currentWidget?.sessionContext, kernel = session?.session?.kernel;
+  return !!(session?.isReady && kernel?.connectionStatus === 'connected' && kernel.status === 'idle');
+}"""
+# The pixels of every image in the outputs. Not their addresses: a widget's image gets a new one at every update.
+PIXELS = """async () => {
+  const found = [];
+  for (const image of document.querySelectorAll('.jp-OutputArea-output img')) {
+    try { await image.decode() } catch { continue }
+    const canvas = Object.assign(document.createElement('canvas'), {width: image.naturalWidth, height: image.naturalHeight});
+    canvas.getContext('2d').drawImage(image, 0, 0);
+    found.push(canvas.toDataURL());
+  }
+  return found;
+}"""
+ERRORS = ", ".join(f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("stderr", "error"))
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The browser; the tests are skipped, with the reason, where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium, or install Google Chrome")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS, headless=True)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory, chromium):
+    """A JupyterLab that serves an empty folder: (that folder, its address, its token)."""
+    work = tmp_path_factory.mktemp("jupyterlab")
+    served, settings = work / "served", work / "settings"
+    served.mkdir()
+    for plugin, values in SETTINGS.items():
+        path = settings / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    own = {"HOME": work, "IPYTHONDIR": work / "ipython"}
+    own |= {"JUPYTERLAB_SETTINGS_DIR": settings, "JUPYTERLAB_WORKSPACES_DIR": work / "workspaces"}
+    own |= {f"JUPYTER_{name}_DIR": work / name.lower() for name in ("CONFIG", "DATA", "RUNTIME")}
+    env = os.environ | {name: str(path) for name, path in own.items()}
+    env |= {"PYTHONPATH": str(ROOT), "JUPYTER_PLATFORM_DIRS": "1", "LORA_EDU_DEVICE": "cpu"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token, address = secrets.token_hex(16), f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={served}", f"--IdentityProvider.token={token}",
+               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+               "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
+    with running(command, env, work / "jupyter.log", f"{address}/api/status?token={token}"):
+        yield served, address, token
+
+
+@contextmanager
+def running(command, env, log: Path, status: str, timeout: float = 180):
+    """A server in a process group of its own, which is ended with the kernels it started and nothing else."""
+    with open(log, "wb") as out:
+        server = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+    try:
+        end = time.monotonic() + timeout
+        while not answers(status):
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError("JupyterLab did not start:\n" + log.read_text()[-2000:])
+            time.sleep(0.2)
+        yield
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def answers(address: str) -> bool:
+    try:
+        return urllib.request.urlopen(address, timeout=2).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def open_notebook(lab, chromium, tmp_path):
+    """``with open_notebook(path) as page:`` opens a copy without outputs, its kernel ready; yields a `NotebookPage`."""
+    served, address, token = lab
+
+    @contextmanager
+    def opened(path: Path):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        for cell in content["cells"]:
+            if cell["cell_type"] == "code":
+                cell.update(outputs=[], execution_count=None)   # what is seen later was made here
+        name = f"{secrets.token_hex(4)}_{Path(path).name}"
+        (served / name).write_text(json.dumps(content), encoding="utf-8")
+        page = chromium.new_page(viewport={"width": 1200, "height": 900})
+        notebook = NotebookPage(page)
+        try:
+            page.goto(f"{address}/lab/workspaces/{name[:8]}/tree/{name}?token={token}")
+            page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=180_000)
+            page.wait_for_function(IDLE, timeout=180_000)
+            yield notebook
+            assert not notebook.script_errors, notebook.script_errors
+        except BaseException:
+            page.screenshot(path=tmp_path / "failed.png")
+            raise
+        finally:
+            page.evaluate("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.shutdown()")
+            page.close()
+    return opened
+
+
+class NotebookPage:
+    """A notebook in the browser: run it, look at its pictures, move its sliders."""
+
+    def __init__(self, page):
+        self.page, self.script_errors = page, []
+        page.on("pageerror", lambda error: self.script_errors.append(str(error)))
+
+    def run_all(self, timeout: float = 240) -> None:
+        """Run every cell, as the Run menu does, and wait until the last picture stands still."""
+        self.page.evaluate("() => { window.ran = false; window.jupyterapp.commands.execute('notebook:run-all-cells')"
+                           ".then(() => { window.ran = true }) }")
+        self.page.wait_for_function("() => window.ran", timeout=1000 * timeout)
+        self.page.wait_for_function(IDLE, timeout=1000 * timeout)
+        self.settle()
+
+    def errors(self) -> list[str]:
+        return self.page.locator(ERRORS).all_inner_texts()
+
+    def text(self) -> str:
+        """What the widgets say about their pictures."""
+        return "\n".join(self.page.locator(".jp-OutputArea-output [role=status]").all_inner_texts())
+
+    def pictures(self) -> list[str]:
+        return [hashlib.sha256(pixels.encode()).hexdigest()[:12] for pixels in self.page.evaluate(PIXELS)]
+
+    def settle(self, quiet: float = 0.6, timeout: float = 60) -> list[str]:
+        """Wait until the pictures stand still (a drag sends many values), and return them."""
+        end, last, since = time.monotonic() + timeout, None, time.monotonic()
+        while time.monotonic() < end:
+            now = self.pictures()
+            if now != last:
+                last, since = now, time.monotonic()
+            elif now and time.monotonic() - since > quiet:
+                return now
+            self.page.wait_for_timeout(50)
+        raise TimeoutError("the pictures never stood still" if last else "there is no picture on the page")
+
+    def check_slider(self, index: int = 0, timeout: float = 30) -> None:
+        """Move a slider by key, then by drag: each time the handle moves, a picture changes, and no error appears."""
+        handle = self.page.locator(".jp-OutputArea-output .widget-slider .noUi-handle").nth(index)
+        handle.scroll_into_view_if_needed()
+        errors = self.errors()
+        for move in (self._press, self._drag):
+            before, value = self.settle(), handle.get_attribute("aria-valuenow")
+            move(handle, index)
+            self._wait_for_change(before, move.__name__.strip("_"), timeout)
+            assert handle.get_attribute("aria-valuenow") != value, "the handle did not move"
+        self.settle()
+        assert self.errors() == errors, "moving the slider put an error on the page"
+        assert not re.search("cannot be drawn", self.text()), self.text()
+
+    def _wait_for_change(self, before: list[str], how: str, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            now = self.pictures()
+            if len(now) == len(before) and now != before:   # while a picture is replaced there may be one less
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"{how}: no picture changed")
+
+    def _press(self, handle, index: int) -> None:
+        handle.focus()
+        self.page.keyboard.press("ArrowLeft" if self._share(handle) > 0.5 else "ArrowRight")
+
+    def _drag(self, handle, index: int) -> None:
+        box = handle.bounding_box()
+        track = self.page.locator(".jp-OutputArea-output .widget-slider .noUi-target").nth(index).bounding_box()
+        height = box["y"] + box["height"] / 2
+        self.page.mouse.move(box["x"] + box["width"] / 2, height)
+        self.page.mouse.down()
+        self.page.mouse.move(track["x"] + track["width"] * (0.1 if self._share(handle) > 0.5 else 0.9), height, steps=5)
+        self.page.mouse.up()
+
+    def _share(self, handle) -> float:
+        """Where the handle stands, from 0 (left) to 1 (right)."""
+        low, now, high = (float(handle.get_attribute(f"aria-value{name}")) for name in ("min", "now", "max"))
+        return (now - low) / (high - low)
