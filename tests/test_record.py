@@ -6,6 +6,7 @@ import torch
 
 from lora_edu import load_pretrained, record
 from lora_edu.lora.apply import lora_layers
+from lora_edu.page.records import load_record
 
 ORIGINAL_TUNE = record.tune      # the fixture below replaces it
 TINY = {"bistro": {"steps": 2, "every": 1}, "python_docs": {"steps": 2, "every": 1}}
@@ -71,7 +72,7 @@ def test_tuning_widens_the_grid_until_the_best_is_inside():
 
 @pytest.mark.parametrize("name", ["lora_beside_full", "placements"])
 def test_a_stored_record_keeps_its_rules(name):
-    stored = record.load_record(name)
+    stored = load_record(name)
     rows = list(stored["placements"].values()) if name == "placements" else [m for t in stored["tasks"].values() for m in t.values()]
     for row in rows:
         rates = [r["lr"] for r in row["tuning"]]
@@ -83,6 +84,6 @@ def test_a_stored_record_keeps_its_rules(name):
 
 
 def test_the_shipped_adapter_says_how_it_was_made():
-    stored = record.load_record("bistro_adapter")
+    stored = load_record("bistro_adapter")
     assert stored["settings"]["rank"] <= 16 and stored["after"]["slots"] >= 0.9 and stored["before"]["slots"] < 0.1
     assert stored["before"]["prompts"] >= 400

@@ -130,11 +130,12 @@ def open_notebook(lab, chromium, tmp_path):
         name = f"{secrets.token_hex(4)}_{Path(path).name}"
         (served / name).write_text(json.dumps(content), encoding="utf-8")
         page = chromium.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(180_000)
         notebook = NotebookPage(page)
         try:
-            page.goto(f"{address}/lab/workspaces/{name[:8]}/tree/{name}?token={token}")
-            page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=180_000)
-            page.wait_for_function(IDLE, timeout=180_000)
+            page.goto(f"{address}/lab/workspaces/{name[:8]}/tree/{name}?token={token}", wait_until="commit")
+            page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+            page.wait_for_function(IDLE)
             yield notebook
             assert not notebook.script_errors, notebook.script_errors
         except BaseException:

@@ -213,7 +213,8 @@ def test_damaged_folders_say_what_is_wrong(spoil, error, message, tmp_path):
 
 def test_loaded_weights_train_and_a_tied_head_is_one_tensor(tmp_path):
     torch.manual_seed(0)
-    Llama(LlamaConfig(**SIZES, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)).save_folder(tmp_path)
+    config = LlamaConfig(**SIZES, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    Llama(config).save_folder(tmp_path)
     model = Llama.from_folder(tmp_path)
     assert model.lm_head.weight is model.model["embed_tokens"].weight and not model.training
     model(ids(model)).sum().backward()
@@ -240,7 +241,8 @@ def llama2c_folder(source: Path, folder: Path) -> None:
 
     kv = dim // heads * kv_heads
     embed, norm1 = take(vocab, dim), take(layers, dim)
-    q, k, v, o = halves(take(layers, dim, dim), heads), halves(take(layers, kv, dim), kv_heads), take(layers, kv, dim), take(layers, dim, dim)
+    q, k = halves(take(layers, dim, dim), heads), halves(take(layers, kv, dim), kv_heads)
+    v, o = take(layers, kv, dim), take(layers, dim, dim)
     norm2, gate, down, up = take(layers, dim), take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
     config = LlamaConfig(vocab, dim, hidden, layers, heads, kv_heads, length, rms_norm_eps=1e-5, tie_word_embeddings=True)
     model = Llama(config)
@@ -262,8 +264,8 @@ def pieces(source: Path, vocab: int) -> list[bytes]:
     return found
 
 
-EXPECTED_TALE = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
-                 "She wanted to play with it, but it was too high.")
+EXPECTED_TALE = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+                 "One day, she saw a big, red ball. She wanted to play with it, but it was too high.")
 
 
 def test_a_published_llama_tells_a_tale(tmp_path):

@@ -11,8 +11,8 @@ from lora_edu.models.llama import LlamaConfig
 from lora_edu.training import pretrain
 from lora_edu.training.corpora import END
 
-CONFIG = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                     max_position_embeddings=64, tie_word_embeddings=True)
+CONFIG = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                     num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True)
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ def check_turn(student) -> Verdict:
 
     generator = torch.Generator().manual_seed(0)
     W, delta = torch.randn(3, 2, generator=generator), torch.randn(3, 2, generator=generator)
-    return check("0.1", student, cases=[(W, delta, 0.5), (W.T.contiguous(), delta.T.contiguous(), 0.0), (W, delta, -2.0)], oracle=oracle, hint=hint)
+    cases = [(W, delta, 0.5), (W.T.contiguous(), delta.T.contiguous(), 0.0), (W, delta, -2.0)]
+    return check("0.1", student, cases=cases, oracle=oracle, hint=hint)
 
 
 def check_slots_right(student) -> Verdict:
@@ -45,7 +46,8 @@ def check_slots_right(student) -> Verdict:
             return "that is how many are right; the share is out of all slots in either of the two."
 
     given = {"name": "Clover", "food": "Greek", "price": "cheap"}
-    cases = [(given | {"price": "expensive"}, given), (given | {"area": "river"}, given), ({"food": "Greek"}, given), ({}, given), (given, given)]
+    said = [given | {"price": "expensive"}, given | {"area": "river"}, {"food": "Greek"}, {}, given]
+    cases = [(each, given) for each in said]
     return check("0.2", student, cases=cases, oracle=oracle, hint=hint)
 
 
@@ -73,5 +75,5 @@ def sums_by_dial() -> dict[float, float]:
 
 def check_dial(choice: float | None) -> Verdict:
     """Exercise 0.4: scored by the sum of the two losses; within 0.1 nats of the best passes."""
-    return check_decision("0.4", choice, {dial: total for dial, total in ({} if choice is None else sums_by_dial()).items()}, within=0.1,
+    return check_decision("0.4", choice, {} if choice is None else sums_by_dial(), within=0.1,
                           unit="nats per token in all", because="the middle keeps most of one job and costs little of the other.")

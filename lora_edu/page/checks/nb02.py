@@ -3,7 +3,7 @@ from torch import nn
 
 from lora_edu.lora.apply import apply_lora
 from lora_edu.page.exercises import Verdict, check, check_decision, check_match
-from lora_edu.record import load_record
+from lora_edu.page.records import load_record
 
 
 class Named(nn.Module):
@@ -70,10 +70,11 @@ def mystery_curves() -> dict[str, list[tuple[int, float]]]:
 def check_causes(answers: dict[str, str | None]) -> Verdict:
     """Exercise 2.3."""
     return check_match("2.3", answers,
-                       right={"P": "rate too high", "Q": "factors not given to the optimizer", "R": "rate about right", "S": "rate too low"},
+                       right={"P": "rate too high", "Q": "factors not given to the optimizer", "R": "rate about right",
+                              "S": "rate too low"},
                        because="too small a step is late, too large a step is behind in spite of its size.",
                        hints={"P": "compare its early steps with its end.", "Q": "what does a model do that is never updated?",
-                              "R": "which one ends lowest?", "S": "it goes the right way all the time, and slowly."})
+                              "R": "which one ends lowest?", "S": "it goes the right way all the time, slowly."})
 
 
 def check_placement(choice: str | None) -> Verdict:

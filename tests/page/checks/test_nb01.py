@@ -15,6 +15,9 @@ def spoils_its_input(W, A, B, alpha):
     return W
 
 
+RIGHT = {"P": "both factors random", "Q": "both factors zero", "R": "healthy", "S": "learning rate too high"}
+
+
 @pytest.mark.parametrize("checker, answer, passed, says", [
     (nb01.check_delta_weight, lambda A, B, alpha: None, None, "not attempted"),
     (nb01.check_delta_weight, lambda A, B, alpha: alpha / A.shape[0] * B @ A, True, "correct"),
@@ -42,8 +45,8 @@ def spoils_its_input(W, A, B, alpha):
     (nb01.check_rank, 32, False, "another choice"),
     (nb01.check_rank, 5, False, "not one of the choices"),
     (nb01.check_mystery, dict.fromkeys("PQRS"), None, "not attempted"),
-    (nb01.check_mystery, {"P": "both factors random", "Q": "both factors zero", "R": "healthy", "S": "learning rate too high"}, True, "correct"),
-    (nb01.check_mystery, {"P": "healthy", "Q": "both factors zero", "R": "both factors random", "S": "learning rate too high"}, False, "2 of 4"),
+    (nb01.check_mystery, RIGHT, True, "correct"),
+    (nb01.check_mystery, RIGHT | {"P": "healthy", "R": "both factors random"}, False, "2 of 4"),
     (nb01.check_mystery, dict.fromkeys("PQRS", "healthy"), False, "1 of 4"),
     (nb01.check_mystery, {"Q": "both factors zero"}, False, "1 of 4"),
 ])

@@ -2,7 +2,8 @@
 import pytest
 
 from lora_edu.page.checks import nb02
-from lora_edu.record import PLACEMENTS, load_record
+from lora_edu.page.records import load_record
+from lora_edu.record import PLACEMENTS
 
 
 def good_matching(names, entries):

@@ -1,0 +1,335 @@
+"""dev.py: which environment is trusted, what is run, what is said when something fails. Nothing is installed here."""
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import dev
+from tools import store_outputs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def course(tmp_path, monkeypatch):
+    """dev.py in an empty folder, with every command replaced: what was asked for is in `.calls`."""
+    (tmp_path / "pyproject.toml").write_text("[project]\n", encoding="utf-8")
+    (tmp_path / "constraints.txt").write_text("torch==2.13.0\n", encoding="utf-8")
+    fake = SimpleNamespace(path=tmp_path, calls=[], failing=None, version="{}.{}".format(*sys.version_info))
+
+    def run(command, env=None):
+        fake.calls.append(command)
+        if "venv" in command:
+            dev.env_python().parent.mkdir(parents=True, exist_ok=True)
+            dev.env_python().touch()
+            dev.stamp_file().unlink(missing_ok=True)
+        return 1 if fake.failing and fake.failing in command else 0
+
+    monkeypatch.setattr(dev, "HERE", tmp_path)
+    monkeypatch.setattr(dev, "ENV", tmp_path / ".venv")
+    monkeypatch.setattr(dev, "run", run)
+    monkeypatch.setattr(dev, "check_torch", lambda: None)
+    monkeypatch.setattr(dev, "usable_version", lambda python: fake.version)
+    return fake
+
+
+def made(course):
+    """The kinds of command since the last look."""
+    kinds = ["venv" if "venv" in command else "pip" if "pip" in command else "other" for command in course.calls]
+    course.calls.clear()
+    return kinds
+
+
+def test_first_call_makes_and_installs_the_second_does_nothing(course):
+    dev.set_up()
+    assert made(course) == ["venv", "pip"]
+    assert not dev.unfinished_note().exists()
+    dev.set_up()
+    assert made(course) == []
+
+
+def test_pip_gets_the_constraints_and_every_extra(course):
+    dev.set_up()
+    pip = course.calls[-1]
+    assert pip[:4] == [str(dev.env_python()), "-m", "pip", "install"]
+    assert pip[-4:] == ["-c", "constraints.txt", "-e", ".[lab,hub,test,browser]"]
+    assert not [word for word in pip if "index" in word or "find-links" in word]   # pip's own settings choose the build
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_a_changed_dependency_file_installs_on_top(course, name):
+    dev.set_up()
+    with (course.path / name).open("a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    made(course)
+    dev.set_up()
+    assert made(course) == ["pip"]
+    assert dev.plan()[0] == "nothing"
+
+
+@pytest.mark.parametrize("failing", ["venv", "pip"])
+def test_a_failed_install_is_not_trusted_and_is_made_again(course, failing, capsys):
+    course.failing = failing
+    with pytest.raises(SystemExit, match="could not make|did not finish"):
+        dev.set_up()
+    assert dev.plan()[0] == "rebuild"
+    course.failing = None
+    made(course)
+    dev.set_up()
+    assert made(course) == ["venv", "pip"]
+    assert dev.plan()[0] == "nothing"
+
+
+def test_a_failed_update_takes_the_trust_away(course):
+    """The stamp goes before pip begins: the packages may be half replaced."""
+    dev.set_up()
+    (course.path / "constraints.txt").write_text("torch==2.13.0\nnumpy==99\n", encoding="utf-8")
+    course.failing = "pip"
+    with pytest.raises(SystemExit):
+        dev.set_up()
+    (course.path / "constraints.txt").write_text("torch==2.13.0\n", encoding="utf-8")   # even with the old wishes
+    assert dev.plan()[0] == "rebuild"
+
+
+def test_an_interrupted_install_is_made_again(course, monkeypatch):
+    """Stopped at the worst moment: everything is copied, the stamp not written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dev, "write_jupyter_settings", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            dev.set_up()
+    assert dev.plan()[0] == "rebuild"
+
+
+def test_another_torch_than_the_pinned_one_is_not_trusted(course, monkeypatch):
+    def refuse():
+        dev.fail("constraints.txt asks for torch 2.13.0")
+    monkeypatch.setattr(dev, "check_torch", refuse)
+    with pytest.raises(SystemExit):
+        dev.set_up()
+    assert dev.plan()[0] == "rebuild"
+
+
+def test_an_environment_without_our_stamp_is_finished(course):
+    dev.make_env()
+    assert dev.plan()[0] == "install"
+    course.version = "3.9"
+    assert dev.plan()[0] == "rebuild"
+    course.version = None   # no pip, or it does not run
+    assert dev.plan()[0] == "rebuild"
+
+
+@pytest.mark.parametrize("key, value", [("python", "3.10"), ("folder", "elsewhere")])
+def test_an_environment_for_another_python_or_place_is_made_again(course, key, value):
+    dev.set_up()
+    dev.stamp_file().write_text(json.dumps({**dev.wanted(), key: value}), encoding="utf-8")
+    todo, why = dev.plan()
+    assert todo == "rebuild" and value in why
+
+
+def test_a_python_that_went_away_is_noticed(course):
+    dev.set_up()
+    dev.env_python().unlink()
+    assert dev.plan()[0] == "rebuild"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_a_damaged_stamp_is_no_stamp(course, text):
+    dev.set_up()
+    dev.stamp_file().write_text(text, encoding="utf-8")
+    assert dev.plan()[0] == "install"
+
+
+def test_jupyterlab_setting(course):
+    dev.set_up()
+    file = course.path / ".venv" / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
+    assert json.loads(file.read_text()) == {"@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"}}
+
+
+TORCHES = [(["2.13.0+cpu", None, None], "the CPU build"), (["2.13.0", "13.0", None], "the CUDA 13.0 build"),
+           (["2.13.0+rocm7", None, "7.0"], "the ROCm 7.0 build")]
+
+
+def answer_with(monkeypatch, tmp_path, returncode, stdout, stderr=""):
+    (tmp_path / "constraints.txt").write_text("numpy==2.4.6\ntorch==2.13.0\n", encoding="utf-8")
+    monkeypatch.setattr(dev, "HERE", tmp_path)
+    monkeypatch.setattr(dev.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, returncode, stdout, stderr))
+
+
+@pytest.mark.parametrize("reply, build", TORCHES)
+def test_torch_is_named_with_its_build(reply, build, monkeypatch, tmp_path, capsys):
+    answer_with(monkeypatch, tmp_path, 0, "a warning\n" + json.dumps(reply))
+    dev.check_torch()
+    assert f"torch {reply[0]}, {build}" in capsys.readouterr().out
+
+
+def test_the_wrong_torch_is_refused(monkeypatch, tmp_path):
+    answer_with(monkeypatch, tmp_path, 0, json.dumps(["2.12.1+cu130", "13.0", None]))
+    with pytest.raises(SystemExit, match=r"asks for torch 2\.13\.0, and pip installed 2\.12\.1\+cu130"):
+        dev.check_torch()
+
+
+def test_a_torch_that_does_not_import_is_refused(monkeypatch, tmp_path):
+    answer_with(monkeypatch, tmp_path, 1, "", "OSError: libsomething.so")
+    with pytest.raises(SystemExit, match="libsomething"):
+        dev.check_torch()
+
+
+def test_test_runs_pytest_with_nbval_on_the_cpu_and_hands_arguments_on(course, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dev, "set_up", lambda: None)
+    monkeypatch.setattr(dev, "run", lambda command, env: seen.append((command, env)) or 3)
+    assert dev.main(["test", "-x", "-k", "rank", "tests/lora"]) == 3
+    (command, env), = seen
+    assert command[1:5] == ["-m", "pytest", "--nbval", "--nbval-current-env"] and command[-4:] == ["-x", "-k", "rank", "tests/lora"]
+    assert env["LORA_EDU_DEVICE"] == "cpu"
+    assert env["PATH"].startswith(str(dev.env_bin()))
+
+
+def test_help_is_printed_without_a_verb(capsys):
+    assert dev.main([]) == 0
+    out = capsys.readouterr().out
+    assert [verb for verb in ("lab", "test", "notebooks", "links") if f"python dev.py {verb}" not in out] == []
+
+
+def test_an_unknown_verb_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        dev.main(["frobnicate"])
+    assert end.value.code == 2 and "frobnicate" in capsys.readouterr().err
+
+
+def test_only_the_standard_library():
+    """Before anything is installed, dev.py and the module it imports must run."""
+    for name in ("dev.py", "tools/links.py"):
+        found = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(found) - {"tools"} - sys.stdlib_module_names - {"lora_edu"} == set(), name   # lora_edu: in the setup cell
+
+
+def test_an_old_python_is_told_so():
+    """The check comes before anything that an older Python cannot import."""
+    code = ("import sys, runpy; sys.version_info = (3, 9, 1); sys.argv = ['dev.py', 'lab'];"
+            "sys.modules['tomllib'] = None; runpy.run_path('dev.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Python 3.11 or newer is needed" in done.stderr
+
+
+def test_ports():
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(SystemExit, match=f"port {busy.getsockname()[1]} is in use"):
+            dev.free_port(busy.getsockname()[1])
+    assert 8888 <= dev.free_port() < 8988
+
+
+SERVER = """
+import http.server, os, sys
+port = [int(word.split("=")[1]) for word in sys.argv if word.startswith("--ServerApp.port=")][0]
+print("token", len(os.environ["JUPYTER_TOKEN"]), *sys.argv[1:], flush=True)
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        self.server.running = False
+    def log_message(self, *args): ...
+server = http.server.HTTPServer(("127.0.0.1", port), Page)
+server.handle_request()
+"""
+
+
+@pytest.mark.parametrize("exists, page", [(True, "/lab/tree/00_start_here.ipynb"), (False, "/lab")])
+def test_lab_prints_the_address_once_the_server_answers(course, monkeypatch, capfd, exists, page):
+    """A small server in JupyterLab's place, which answers once and ends."""
+    (course.path / "jupyterlab.py").write_text(SERVER, encoding="utf-8")
+    (course.path / "notebooks").mkdir()
+    if exists:
+        (course.path / "notebooks" / "00_start_here.ipynb").touch()
+    monkeypatch.setattr(dev, "set_up", lambda: None)
+    monkeypatch.setattr(dev, "env_python", lambda: sys.executable)
+    port = dev.free_port()
+    assert dev.main(["lab", "--no-browser", "--port", str(port)]) == 0
+    out = capfd.readouterr().out
+    assert re.search(rf"http://127\.0\.0\.1:{port}{page}\?token=[0-9a-f]{{32}}\n", out)
+    assert "--no-browser" in out and f"--LabApp.default_url={page}" in out and "token 32" in out
+    assert len(re.findall(r"[0-9a-f]{32}", out)) == 1   # in the address only, not on the command line that others can read
+
+
+def test_a_lab_that_does_not_start_ends_with_its_status(course, monkeypatch, capfd):
+    (course.path / "jupyterlab.py").write_text("raise SystemExit(7)", encoding="utf-8")
+    monkeypatch.setattr(dev, "set_up", lambda: None)
+    monkeypatch.setattr(dev, "env_python", lambda: sys.executable)
+    assert dev.lab() == 7
+    assert "JupyterLab is at" not in capfd.readouterr().out
+
+
+def test_a_child_does_not_outlive_dev(tmp_path):
+    """SIGTERM to dev.py takes the child along (a closed terminal, a cancelled job)."""
+    code = ("import signal, sys, dev; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
+            "dev.run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'])")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.terminate()
+    assert parent.wait(10) == 143
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and alive(child):
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def alive(pid):
+    state = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self").exists():
+        return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return subprocess.run(["ps", "-p", str(pid)], capture_output=True).returncode == 0
+
+
+# -- python dev.py notebooks -------------------------------------------------------------------------------------------
+
+def notebook(path, *sources):
+    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": text, "outputs": [], "execution_count": None}
+             for i, text in enumerate(sources)]
+    path.write_text(json.dumps({"cells": cells, "metadata": {"accelerator": "GPU"}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+def test_outputs_are_stored_clean(tmp_path):
+    path = notebook(tmp_path / "01_one.ipynb", "import os\nprint(os.path.basename(os.getcwd()))",
+                    "import ipywidgets\nipywidgets.IntSlider(3)", "import sys\nsys.executable")
+    assert store_outputs.store(path) is None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    cells = stored["cells"]
+    assert [cell["execution_count"] for cell in cells] == [1, 2, 3]
+    assert cells[0]["outputs"][0]["text"] == [f"{tmp_path.name}\n"]               # it runs in its own folder
+    assert "IntSlider" in "".join(cells[1]["outputs"][0]["data"]["text/plain"])
+    assert "".join(cells[2]["outputs"][0]["data"]["text/plain"]) == repr(sys.executable)   # and on this Python
+    assert set(stored["metadata"]) == {"kernelspec", "language_info", "accelerator"}
+    assert stored["metadata"]["language_info"] == {"name": "python"}
+    assert [cell["metadata"] for cell in cells] == [{}, {}, {}]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_failing_cell_is_named_and_the_file_stays(tmp_path):
+    path = notebook(tmp_path / "01_one.ipynb", "x = 1", "y = x / 0", "print(x)")
+    before = path.read_bytes()
+    problem = store_outputs.store(path)
+    assert problem == "code cell 2 of 3 (y = x / 0) raised ZeroDivisionError: division by zero"
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("names, want", [([], ["00_a", "01_b"]), (["01"], ["01_b"]), (["00_a"], ["00_a"]),
+                                         (["notebooks/01_b.ipynb"], ["01_b"])])
+def test_notebooks_are_found_by_number_name_and_path(tmp_path, names, want):
+    for name in ("00_a", "01_b"):
+        (tmp_path / f"{name}.ipynb").touch()
+    assert [path.stem for path in store_outputs.find(names, tmp_path)] == want
+
+
+def test_an_unknown_notebook_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no notebook is called '07'"):
+        store_outputs.find(["07"], tmp_path)
+    assert store_outputs.main(["no such notebook"]) == 1
+    assert "no such notebook" in capsys.readouterr().out
