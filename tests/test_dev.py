@@ -95,6 +95,8 @@ def test_a_failed_update_takes_the_trust_away(course):
         dev.set_up()
     (course.path / "constraints.txt").write_text("torch==2.13.0\n", encoding="utf-8")   # even with the old wishes
     assert dev.plan()[0] == "rebuild"
+    dev.unfinished_note().unlink()
+    assert dev.plan()[0] == "install"                                                    # and without the note
 
 
 def test_an_interrupted_install_is_made_again(course, monkeypatch):

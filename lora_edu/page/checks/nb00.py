@@ -12,7 +12,12 @@ from lora_edu.training.loop import evaluate
 
 DIALS = (0, 0.25, 0.5, 0.75, 1)
 # fable with the shipped adapter, one test card (see tests/page/checks/test_nb00.py, which writes them again)
-MYSTERY_TEXTS = {"A": "", "B": "", "C": ""}
+MYSTERY_TEXTS = {
+    "A": "Come to Come to Come to Come to Come to Come to Come to Candle. It is good for families. It is worth five stars. It is not",
+    "B": '.\n\n"Is it not that you are not to be seen, and I have been in the same way, and I have been in the same way as you are, '
+         "and I have been in the same way",
+    "C": "The Wise Raven is a house that earned one star and lies near the forest. It is kind to children.",
+}
 
 
 def check_turn(student) -> Verdict:
@@ -53,7 +58,7 @@ def check_slots_right(student) -> Verdict:
 
 def check_texts(answers: dict[str, str | None]) -> Verdict:
     """Exercise 0.3."""
-    return check_match("0.3", answers, right={"A": "0.6", "B": "0", "C": "1"},
+    return check_match("0.3", answers, right={"A": "0.4", "B": "0", "C": "1"},
                        because="form is learned before content, and the dial passes through it.",
                        hints={"A": "it sounds like a waiter; compare it with the card.", "B": "is there a single word of a waiter in it?",
                               "C": "compare it with the card, slot by slot."})

@@ -23,7 +23,7 @@ def adds_in_place(W, delta, strength):
     return W
 
 
-RIGHT = {"A": "0.6", "B": "0", "C": "1"}
+RIGHT = {"A": "0.4", "B": "0", "C": "1"}
 
 
 @pytest.mark.parametrize("checker, answer, passed, says", [
@@ -42,7 +42,7 @@ RIGHT = {"A": "0.6", "B": "0", "C": "1"}
     (nb00.check_slots_right, raises, False, "raised ValueError"),
     (nb00.check_texts, dict.fromkeys("ABC"), None, "not attempted"),
     (nb00.check_texts, RIGHT, True, "correct"),
-    (nb00.check_texts, RIGHT | {"A": "1", "C": "0.6"}, False, "1 of 3"),
+    (nb00.check_texts, RIGHT | {"A": "1", "C": "0.4"}, False, "1 of 3"),
     (nb00.check_texts, dict.fromkeys("ABC", "0"), False, "1 of 3"),
     (nb00.check_texts, {"B": "2"}, False, "0 of 3"),
     (nb00.check_dial, None, None, "not attempted"),
@@ -61,7 +61,7 @@ def test_the_mystery_texts_are_fables_own():
     model, tokenizer = load_pretrained("fable")
     card = bistro.records("test", 8)[2]
     load_adapter(model, BISTRO_ADAPTER)
-    for letter, dial in (("A", 0.6), ("B", 0.0), ("C", 1.0)):
+    for letter, dial in (("A", 0.4), ("B", 0.0), ("C", 1.0)):
         set_strength(model, dial)
         text = corpora.completions(model, tokenizer, [bistro.prompt(card)], max_new_tokens=45)[0]
         assert text[:20] == nb00.MYSTERY_TEXTS[letter][:20]

@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Set the course up and run it.
+
+    python dev.py lab                   open JupyterLab on notebook 00      (--no-browser, --port N)
+    python dev.py test [ARGS...]        run every test; ARGS go to pytest   (python dev.py test -x -k rank)
+    python dev.py notebooks [NAME...]   run notebooks and store their outputs
+    python dev.py links [--repo O/N]    write the repository's address into all notebooks
+
+Needs Python 3.11 to 3.13 and nothing else. The first call makes .venv here and installs into it what pyproject.toml and
+constraints.txt say; later calls install again only when one of the two has changed. Which build of PyTorch you get is
+up to the package index: set PIP_EXTRA_INDEX_URL, PIP_INDEX_URL or PIP_FIND_LINKS as pip documents them.
+
+Run on Linux. Written for macOS and Windows too, but not run there.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ENV = HERE / ".venv"
+EXTRAS = ".[lab,hub,test,browser]"
+FIRST = "00_start_here.ipynb"
+
+
+def say(text):
+    print(f"dev.py: {text}", flush=True)
+
+
+def fail(text):
+    sys.exit(f"dev.py: {text}")
+
+
+# -- the environment ---------------------------------------------------------------------------------------------------
+# .venv is trusted when the stamp in it, written last, says what is wanted now. While an install runs, a note lies beside
+# .venv; a note that is still there belongs to an install that was stopped, and pip does not notice a package that was
+# copied only halfway. So that .venv is made again.
+
+def env_bin():
+    return ENV / ("Scripts" if os.name == "nt" else "bin")
+
+
+def env_python():
+    return env_bin() / ("python.exe" if os.name == "nt" else "python")
+
+
+def stamp_file():
+    return ENV / "installed-by-dev.json"
+
+
+def unfinished_note():
+    return ENV.with_name(ENV.name + ".unfinished")
+
+
+def wanted():
+    """What a trusted .venv was made for: this Python, this folder (its scripts hold the path), these two files."""
+    files = b"\0".join((HERE / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    return {"python": "{}.{}".format(*sys.version_info), "folder": str(HERE), "files": hashlib.sha256(files).hexdigest()}
+
+
+def read_stamp():
+    """The stamp's content, or None where there is none that can be read."""
+    try:
+        stamp = json.loads(stamp_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) else None
+
+
+def usable_version(python):
+    """"3.11" for an interpreter that runs and has pip, else None."""
+    code = "import pip, sys; print('{}.{}'.format(*sys.version_info))"
+    try:
+        answer = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def plan():
+    """What .venv needs, and why: ("nothing" | "install" into what is there | "rebuild" from scratch, reason)."""
+    now, stamp = wanted(), read_stamp()
+    if not ENV.exists():
+        return "rebuild", "there is no .venv yet"
+    if unfinished_note().exists():
+        return "rebuild", "an earlier install did not finish, so .venv is made again"
+    if not env_python().exists():
+        return "rebuild", "the Python in .venv is gone, so .venv is made again"
+    if stamp is None:
+        if usable_version(env_python()) != now["python"]:
+            return "rebuild", f".venv does not run Python {now['python']} with pip, so it is made again"
+        return "install", ".venv was not finished by dev.py, so it is finished now"
+    if stamp == now:
+        return "nothing", ""
+    for key, what in (("python", "another Python"), ("folder", "another folder")):
+        if stamp.get(key) != now[key]:
+            return "rebuild", f".venv was made for {what} ({stamp.get(key)}, here {now[key]}), so it is made again"
+    return "install", "pyproject.toml or constraints.txt has changed, so the packages are brought up to date"
+
+
+def set_up():
+    """Make .venv what plan() wants. Ends the program with a message when that fails."""
+    todo, why = plan()
+    if todo == "nothing":
+        return
+    say(f"{why}.")
+    check_this_python()
+    unfinished_note().write_text("An install is running, or was stopped: the next call of dev.py makes .venv again.\n")
+    stamp_file().unlink(missing_ok=True)
+    if todo == "rebuild":
+        make_env()
+    install_packages()
+    check_torch()
+    write_jupyter_settings()
+    write_whole(stamp_file(), json.dumps(wanted(), indent=1) + "\n")
+    unfinished_note().unlink()
+    say("the environment is complete.")
+
+
+def check_this_python():
+    if sys.version_info >= (3, 14):
+        say(f"Python {sys.version.split()[0]} was never tried; 3.11 to 3.13 are. If packages are missing for it, take one of those.")
+
+
+def make_env():
+    """An empty environment with pip, from the Python underneath (this one may be the very .venv that goes)."""
+    if run([getattr(sys, "_base_executable", None) or sys.executable, "-m", "venv", "--clear", str(ENV)]):
+        fail("could not make .venv (the message is above). On Debian and Ubuntu: apt-get install python3-venv. "
+             "On Windows: close what still uses .venv, and deactivate it.")
+
+
+def install_packages():
+    if run([str(env_python()), "-m", "pip", "install", "--disable-pip-version-check", "-c", "constraints.txt", "-e", EXTRAS]):
+        fail("the install did not finish (pip's message is above), and .venv will not be used. Usual causes: no network, less "
+             "than 2 GB free (6 GB for a CUDA build), no packages for this Python. Then give the same command again.")
+
+
+def check_torch():
+    """Print torch's version and build. A torch other than the pinned one fails here and not in some notebook."""
+    code = ("import json, torch; v = torch.version; "
+            "print(json.dumps([torch.__version__, v.cuda, getattr(v, 'hip', None)]))")
+    answer = subprocess.run([str(env_python()), "-c", code], capture_output=True, text=True)
+    if answer.returncode:
+        fail(f"torch was installed and cannot be imported:\n{answer.stderr.strip()}")
+    version, cuda, hip = json.loads(answer.stdout.splitlines()[-1])
+    build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU"
+    say(f"torch {version}, the {build} build, on Python {usable_version(env_python())}.")
+    pin = re.search(r"^torch==(\S+)", (HERE / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    if version.split("+")[0] != pin:
+        fail(f"constraints.txt asks for torch {pin}, and pip installed {version}: look for PIP_CONSTRAINT or an index with only "
+             "other versions in pip's settings.")
+
+
+def write_jupyter_settings():
+    """Widget callbacks wait for the running cell, as in Colab; JupyterLab would run them in threads beside it."""
+    folder = ENV / "share" / "jupyter" / "lab" / "settings"
+    folder.mkdir(parents=True, exist_ok=True)
+    setting = {"@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"}}
+    write_whole(folder / "overrides.json", json.dumps(setting, indent=1) + "\n")
+
+
+def write_whole(path, text):
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+# -- running things in it ----------------------------------------------------------------------------------------------
+
+def child_env(**more):
+    """This process's variables, with the environment's own tools first on the path."""
+    return dict(os.environ, PATH=f"{env_bin()}{os.pathsep}{os.environ.get('PATH', '')}", **more)
+
+
+def wait_for(process):
+    """The exit status. Ctrl-C reaches the child by itself: wait until it has tidied up, and take it along if we end."""
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                say("stopping.")
+    finally:
+        if process.poll() is None:
+            process.terminate()
+
+
+def run(command, env=None):
+    return wait_for(subprocess.Popen(command, cwd=HERE, env=env))
+
+
+def test(more):
+    """Every test: the library's, the notebooks' stored outputs (nbval), the browser's. Paths come from pyproject.toml."""
+    set_up()
+    command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", *more]
+    return run(command, child_env(LORA_EDU_DEVICE="cpu"))
+
+
+def notebooks(names):
+    set_up()
+    return run([str(env_python()), str(HERE / "tools" / "store_outputs.py"), *names], child_env(LORA_EDU_DEVICE="cpu"))
+
+
+def free_port(asked=None):
+    """The port asked for, or the first free one from 8888 on."""
+    for port in [asked] if asked else range(8888, 8988):
+        with socket.socket() as probe:
+            if os.name != "nt":   # as servers do: a port whose last connection is just closing is free
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    fail(f"port {asked} is in use, or not yours to open: choose another with --port, or leave it out."
+         if asked else "no port from 8888 to 8987 is free: choose one with --port.")
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def lab(port=None, browser=True):
+    """JupyterLab on this machine only, with a fresh token; prints the address once the server answers."""
+    set_up()
+    port, token = free_port(port), secrets.token_hex(16)
+    page = f"/lab/tree/{FIRST}" if (HERE / "notebooks" / FIRST).exists() else "/lab"
+    command = [str(env_python()), "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
+               "--ServerApp.port_retries=0", "--ServerApp.answer_yes=True", "--Application.log_level=WARN",
+               f"--ServerApp.root_dir={HERE / 'notebooks'}", f"--LabApp.default_url={page}"]
+    command += [] if browser else ["--no-browser"]
+    command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []   # in a container
+    process = subprocess.Popen(command, cwd=HERE, env=child_env(JUPYTER_TOKEN=token))
+    try:
+        while process.poll() is None and not answers(f"http://127.0.0.1:{port}/api"):
+            time.sleep(0.2)
+        if process.poll() is None:
+            say(f"JupyterLab is at\n\n    http://127.0.0.1:{port}{page}?token={token}\n\nCtrl-C here stops it.")
+        return wait_for(process)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+def parser():
+    top = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = top.add_subparsers(dest="verb", metavar="lab | test | notebooks | links")
+    verb = verbs.add_parser("lab", help="open JupyterLab on notebook 00")
+    verb.add_argument("--no-browser", action="store_true", help="only print the address")
+    verb.add_argument("--port", type=int, help="default: the first free one from 8888 on")
+    verbs.add_parser("test", help="run every test; further arguments go to pytest")
+    verb = verbs.add_parser("notebooks", help="run notebooks and store their outputs")
+    verb.add_argument("names", nargs="*", metavar="NAME", help="such as 01, or a path; default: all")
+    verb = verbs.add_parser("links", help="write the links line and the setup cell of every notebook")
+    verb.add_argument("--repo", metavar="OWNER/NAME", help="set the repository's address on GitHub first")
+    return top
+
+
+def main(argv):
+    more = []
+    if argv[:1] == ["test"] and argv[1:2] not in (["-h"], ["--help"]):
+        argv, more = argv[:1], argv[1:]   # argparse would keep pytest's options for itself
+    args = parser().parse_args(argv)
+    if args.verb == "lab":
+        return lab(args.port, not args.no_browser)
+    if args.verb == "test":
+        return test(more)
+    if args.verb == "notebooks":
+        return notebooks(args.names)
+    if args.verb == "links":
+        from tools import links   # here, because it needs Python 3.11, which is checked below
+        try:
+            return links.main(HERE, args.repo)
+        except ValueError as error:
+            fail(str(error))
+    parser().print_help()
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 11):
+        fail(f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}. Call this file with a newer one, for "
+             "example: python3.11 dev.py lab")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that what runs below us ends too
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

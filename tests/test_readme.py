@@ -1,0 +1,50 @@
+"""The README says nothing that is not there: links, picture, commands, the table of notebooks, and the code that it shows."""
+import base64
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "lora_edu/models/fable/README.md"])
+def test_links_lead_somewhere(page):
+    file = ROOT / page
+    targets = re.findall(r"\]\(([^)#\s]+)\)", file.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not target.startswith("http") and not (file.parent / target).exists()]
+    assert not missing
+
+
+def test_every_notebook_has_a_row_with_its_badge():
+    rows = [line for line in README.splitlines() if line.startswith("| [")]
+    assert len(rows) == len(NOTEBOOKS)
+    for path, row in zip(NOTEBOOKS, rows):
+        assert f"notebooks/{path.name}" in row and f"blob/main/notebooks/{path.name}" in row and "colab-badge" in row
+
+
+def test_the_picture_is_the_first_one_of_notebook_00():
+    cells = json.loads(NOTEBOOKS[0].read_text(encoding="utf-8"))["cells"]
+    first = next(out["data"]["image/png"] for cell in cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {}))
+    assert (ROOT / "docs" / "dial.png").read_bytes() == base64.b64decode(first), "store it again: python dev.py notebooks 00"
+
+
+def test_the_code_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.split("\n")
+    losses = [float(line.split()[1]) for line in lines if re.fullmatch(r"\d+ \d+\.\d+", line)]
+    assert len(losses) == 20 and losses[-1] < 0.5 * losses[0] and "156,160 of 3,844,864" in done.stdout
+
+
+def test_commands_exist():
+    helped = subprocess.run([sys.executable, str(ROOT / "dev.py")], capture_output=True, text=True)
+    for verb in re.findall(r"python dev\.py (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        assert f"dev.py {verb}" in helped.stdout + helped.stderr, verb
+    for module in re.findall(r"python -m (lora_edu[\w.]+)", README):
+        assert subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True).returncode == 0

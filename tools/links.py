@@ -1,0 +1,158 @@
+"""The links line and the setup cell of every notebook, written from one repository address.
+
+The address is `Repository` under [project.urls] in pyproject.toml. A notebook gives the places: a markdown cell tagged
+`header` that begins `# NN · Title`, and a code cell tagged `setup`. Only the line of links below the title and the setup
+cell's source are written; the README's Colab badges get the same address. Standard library only: dev.py imports this
+before anything is installed.
+"""
+import json
+import os
+import re
+import tomllib
+
+NOT_SET = "OWNER"
+BRANCH = "main"   # the notebook that Colab opens and the library that it fetches come from the same place
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+COLAB = "https://colab.research.google.com/github/"
+TITLE = re.compile(r"# (\d\d) · (\S.*)")
+
+SETUP = """\
+try:
+    import lora_edu
+except ModuleNotFoundError:   # Colab opens this file alone: fetch the library, leave Colab's torch as it is
+    import os
+    source = os.environ.get("LORA_EDU_SOURCE") or "lora-edu @ git+https://github.com/{repo}@{branch}"
+    %pip install -q "$source"
+    import lora_edu"""
+
+SETUP_WITHOUT_ADDRESS = """\
+try:
+    import lora_edu
+except ModuleNotFoundError:   # opened alone, as in Colab: fetch the library, and leave the torch that is there
+    import os
+    source = os.environ.get("LORA_EDU_SOURCE")
+    if not source:
+        raise ModuleNotFoundError("No address is set for this course yet: install lora_edu from a clone, "
+                                  "or set LORA_EDU_SOURCE to something pip can install.") from None
+    %pip install -q "$source"
+    import lora_edu"""
+
+
+def repository(root):
+    """OWNER/NAME out of pyproject.toml."""
+    address = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)
+    if not match:
+        raise ValueError(f"Repository = {address!r} in pyproject.toml: write https://github.com/OWNER/NAME, nothing after it.")
+    return match[1]
+
+
+def set_repository(root, repo):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ValueError(f"--repo {repo!r} is not a GitHub repository: write it as OWNER/NAME, for example ada/lora_edu.")
+    file = root / "pyproject.toml"
+    text, count = re.subn(r'(?m)^Repository = ".*"$', f'Repository = "https://github.com/{repo}"', file.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ValueError(f'pyproject.toml has {count} lines that begin Repository = "...": it needs one, under [project.urls].')
+    write(file, text)
+
+
+def notebook_files(root):
+    """Every notebook of the course, in the order of its number."""
+    return sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def tagged(notebook, tag, name):
+    """The one cell with this tag."""
+    cells = [cell for cell in notebook["cells"] if tag in cell["metadata"].get("tags", [])]
+    if len(cells) != 1:
+        raise ValueError(f"{name} has {len(cells)} cells tagged {tag!r}: it needs exactly one.")
+    return cells[0]
+
+
+def source_of(cell):
+    return "".join(cell["source"])
+
+
+def title(path, notebook):
+    """"00 Start here": what the neighbours' links say."""
+    first = source_of(tagged(notebook, "header", path.name)).split("\n")[0]
+    match = TITLE.fullmatch(first)
+    if not match or match[1] != path.name[:2]:
+        raise ValueError(f"{path.name}: its header begins {first!r}; write `# {path.name[:2]} · Title`.")
+    return f"{match[1]} {match[2]}"
+
+
+def links_line(previous, path, following, repo):
+    """Previous · Contents · next · badge; `previous` and `following` are (path, title), or None at the ends."""
+    parts = ["[Contents](../README.md)", f"[![Open In Colab]({BADGE})]({COLAB}{repo}/blob/{BRANCH}/notebooks/{path.name})"]
+    if previous:
+        parts.insert(0, f"[{previous[1]}]({previous[0].name})")
+    if following:
+        parts.insert(-1, f"[{following[1]}]({following[0].name})")
+    return " · ".join(parts)
+
+
+def header_source(old, line):
+    """The header with its links line replaced, or put under the title where there was none."""
+    lines = old.split("\n")
+    rest = lines[1:]
+    while rest and (not rest[0].strip() or "[Contents](../README.md)" in rest[0]):
+        rest = rest[1:]
+    return "\n".join([lines[0], "", line, "", *rest]).rstrip("\n")
+
+
+def setup_source(repo):
+    if repo.split("/")[0] == NOT_SET:
+        return SETUP_WITHOUT_ADDRESS
+    return SETUP.format(repo=repo, branch=BRANCH)
+
+
+def rewrite(notebook, name, line, repo):
+    """A copy of the notebook with our two parts as they should be."""
+    new = json.loads(json.dumps(notebook))
+    header, setup = tagged(new, "header", name), tagged(new, "setup", name)
+    if "nbval-ignore-output" not in setup["metadata"]["tags"]:
+        raise ValueError(f"{name}: the setup cell prints what pip prints; tag it nbval-ignore-output as well.")
+    for cell, text in ((header, header_source(source_of(header), line)), (setup, setup_source(repo))):
+        if source_of(cell) != text:
+            cell["source"] = text.splitlines(keepends=True)
+    return new
+
+
+def pending(root):
+    """(path, new text) of every notebook, and of the README, that is not as it should be."""
+    repo, files = repository(root), notebook_files(root)
+    books = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    known = [(path, title(path, book)) for path, book in zip(files, books)]
+    for i, (path, book) in enumerate(zip(files, books)):
+        line = links_line(known[i - 1] if i else None, path, known[i + 1] if i + 1 < len(known) else None, repo)
+        new = rewrite(book, path.name, line, repo)
+        if new != book:   # written as nbformat writes it, so that nothing else changes
+            yield path, json.dumps(new, ensure_ascii=False, indent=1, sort_keys=True, separators=(",", ": ")) + "\n"
+    readme = root / "README.md"
+    if readme.exists():
+        text = readme.read_text(encoding="utf-8")
+        new = re.sub(re.escape(COLAB) + r"[\w.-]+/[\w.-]+/blob/[\w.-]+/", f"{COLAB}{repo}/blob/{BRANCH}/", text)
+        if new != text:
+            yield readme, new
+
+
+def write(path, text):
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(part, path)
+
+
+def main(root, repo=None):
+    """Write everything; prints what was changed. Raises ValueError, before any notebook is written, if one does not fit."""
+    if repo:
+        set_repository(root, repo)
+    changes = list(pending(root))
+    for path, text in changes:
+        write(path, text)
+        print("written:", path.relative_to(root).as_posix())
+    address = repository(root)
+    print(f"{len(changes)} files changed; the address is {address}"
+          + (", which means that none is set: python dev.py links --repo OWNER/NAME" if address.startswith(f"{NOT_SET}/") else "."))
+    return 0
