@@ -59,7 +59,7 @@ def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules
             head = output_head(model, linears)
             found = [name for name in linears if name != head]
             if not found:
-                raise ValueError(f"'all-linear' leaves out the output head {head!r}, and there is no other linear layer: name it in a list.")
+                raise ValueError(f"'all-linear' leaves out the output head {head!r}, and it is the only linear layer: name it in a list.")
             return found
         found = [name for name in linears if re.fullmatch(target_modules, name)]
         if not found:

@@ -14,3 +14,14 @@ def load_record(name: str) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"there is no record {name!r}: choose one of {', '.join(sorted(p.stem for p in RECORDS.glob('*.json')))}.")
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def tie(differences: list[float], margin: float) -> bool | None:
+    """Are two methods alike? One difference a seed: True if all lie within ±margin, False if all lie beyond it on one side.
+
+    None (undecided) otherwise. The margin is fixed before the runs: 0.02 nats per token, or 2 points of slots.
+    """
+    low, high = min(differences), max(differences)
+    if -margin <= low and high <= margin:
+        return True
+    return False if low > margin or high < -margin else None

@@ -101,7 +101,7 @@ def fresh(W: torch.Tensor, rank: int, a: float, b: float, seed: int = 0) -> LoRA
 def mystery_curves(W: torch.Tensor) -> dict[str, list[tuple[int, float]]]:
     """Four trainings on one teacher; three have something wrong."""
     x, y = teacher(W, hidden_rank=4, n=256, seed=0)
-    made = {"P": (0.1, 0.3, 0.02), "Q": (0.0, 0.0, 0.02), "R": (0.1, 0.0, 0.02), "S": (0.1, 0.0, 0.2)}
+    made = {"P": (0.1, 0.3, 0.02), "Q": (0.0, 0.0, 0.02), "R": (0.1, 0.0, 0.02), "S": (0.1, 0.0, 0.4)}
     return {name: list(enumerate(learn(fresh(W, 4, a, b), x, y, steps=40, lr=lr))) for name, (a, b, lr) in made.items()}
 
 
