@@ -2,6 +2,7 @@
 
     bistro_adapter    the adapter that notebook 00 opens with, into models/fable/bistro_lora
     lora_beside_full  LoRA and full fine-tuning on bistro and python_docs: records/lora_beside_full.json
+    lora_rates        one LoRA at seven learning rates: records/lora_rates.json
     placements        the same number of trainable numbers in different matrices: records/placements.json
 
 A record is small JSON with its settings, seeds, device, versions and date; notebooks show it and re-measure a slice.
@@ -196,6 +197,13 @@ def placements(tales_file: str | None = None, steps: int = 120, seeds=SEEDS, n: 
                            for name, (targets, rank) in PLACEMENTS.items()}}
 
 
+def lora_rates(tales_file: str | None = None, steps: int = 100, n: int = 400, rates=tuple(5e-4 * 2**i for i in range(7))) -> dict:
+    tales, task = tales_to_forget(tales_file), Task("bistro", load_pretrained()[1], n)
+    return {"settings": {"task": "bistro", "rank": 8, "alpha": 16, "targets": "all-linear", "batch": BATCH, "steps": steps, "seeds": [0]},
+            "before": before([task], tales),
+            "runs": [said(run(task, "lora", lr, 0, tales, steps=steps, every=steps // 10), task, "lora") for lr in rates]}
+
+
 def bistro_adapter(tales_file: str | None = None, steps: int = 1200, lr: float = 6e-3, rank: int = 6, seed: int = 0,
                    out: Path = BISTRO_ADAPTER, n: int = 400) -> dict:
     """Train and save the shipped adapter; its recipe and scores lie beside it."""
@@ -219,7 +227,7 @@ def bistro_adapter(tales_file: str | None = None, steps: int = 1200, lr: float =
                          "trainable": trainable, "bytes": size}} | report
 
 
-EXPERIMENTS = {"bistro_adapter": bistro_adapter, "lora_beside_full": lora_beside_full, "placements": placements}
+EXPERIMENTS = {"bistro_adapter": bistro_adapter, "lora_beside_full": lora_beside_full, "lora_rates": lora_rates, "placements": placements}
 
 
 def main() -> None:

@@ -37,6 +37,11 @@ def test_placements_run_too():
     assert found["placements"]["Q, V"]["runs"][0]["trainable"] == 4 * 2 * 38 * 512
 
 
+def test_rates_run_too():
+    found = record.lora_rates(steps=10, n=64, rates=(1e-3, 2e-3))
+    assert [r["lr"] for r in found["runs"]] == [1e-3, 2e-3] and [len(r["path"]) for r in found["runs"]] == [10, 10]
+
+
 def test_the_placements_have_equal_budgets():
     """Within 2 per cent, as the design says; counted on fable."""
     counts = []

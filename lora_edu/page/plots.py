@@ -21,7 +21,7 @@ LABELS = {
     "loss": "loss (nats per token)",
     "task": "loss on the new task (nats per token)",
     "tales": "loss on the tales (nats per token)",
-    "alpha": "alpha (strength of the adapter)",
+    "alpha": "strength of the adapter (0: off, 1: full)",
     "rank": "rank r",
     "lr": "learning rate",
     "parameters": "trainable numbers",

@@ -51,9 +51,9 @@ def test_the_notebook_runs_and_its_first_slider_moves_the_picture(path, open_not
 def test_a_connected_dial_moves_its_picture_and_its_text(open_notebook, tmp_path):
     with open_notebook(notebook(tmp_path / "dial.ipynb", DIAL)) as page:
         page.run_all()
-        assert "alpha 1.00: new task 1.00, tales 4.00" in page.text() and "text 20" in page.text()
+        assert "strength 1.00: new task 1.00, tales 4.00" in page.text() and "text 20" in page.text()
         page.check_slider(0)
-        assert "alpha 0.10" in page.text() and "text 2" in page.text()
+        assert "strength 0.10" in page.text() and "text 2" in page.text()
 
 
 def test_a_disconnected_dial_fails_the_same_check(open_notebook, tmp_path):

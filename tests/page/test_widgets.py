@@ -49,7 +49,7 @@ def model():
 
 
 MOVES = {
-    "alpha dial": (lambda model: alpha_dial(ALPHAS, TASK, TALES, TEXTS), "alpha", [0.5, 0.0, 0.35]),
+    "alpha dial": (lambda model: alpha_dial(ALPHAS, TASK, TALES, TEXTS), "strength", [0.5, 0.0, 0.35]),
     "rank picture": (lambda model: rank_picture(PICTURE), "rank r", [1, 3, 2]),
     "target picker, rank": (lambda model: target_picker(model, rank=3), "rank r", [1, 4, 2]),
     "target picker, a tick": (target_picker, "up_proj", [True]),
@@ -71,13 +71,13 @@ def test_every_move_changes_the_picture_and_the_text(make, control, values, mode
 
 def test_the_dial_reads_the_losses_and_the_text_of_its_setting():
     box = alpha_dial(ALPHAS, TASK, TALES, TEXTS, alpha=0.2)
-    assert said(box) == "alpha 0.20: new task 3.60, tales 3.90 nats per token\ntext 4"
-    parts(box)[0]["alpha"].value = 0.6
-    assert said(box) == "alpha 0.60: new task 2.00, tales 4.50 nats per token\ntext 12"
+    assert said(box) == "strength 0.20: new task 3.60, tales 3.90 nats per token\ntext 4"
+    parts(box)[0]["strength"].value = 0.6
+    assert said(box) == "strength 0.60: new task 2.00, tales 4.50 nats per token\ntext 12"
 
 
 def test_the_dial_starts_at_the_end_and_has_the_range_and_step_given():
-    dial = parts(alpha_dial([0, 0.5, 1, 1.5], [4, 3, 2, 1], [3, 4, 5, 6], TEXTS[:4]))[0]["alpha"]
+    dial = parts(alpha_dial([0, 0.5, 1, 1.5], [4, 3, 2, 1], [3, 4, 5, 6], TEXTS[:4]))[0]["strength"]
     assert (dial.value, dial.min, dial.max, dial.step) == (1.5, 0, 1.5, 0.5)
 
 
@@ -88,7 +88,7 @@ def test_texts_may_be_written_when_they_are_asked_for():
         asked.append(alpha)
         return f"once upon <{alpha}>"
     box = alpha_dial(ALPHAS, TASK, TALES, write)
-    parts(box)[0]["alpha"].value = 0.5
+    parts(box)[0]["strength"].value = 0.5
     assert asked == [1.0, 0.5] and "once upon &lt;0.5&gt;" in box.children[2].value
 
 
@@ -131,7 +131,7 @@ def test_the_picture_on_the_right_is_the_best_of_its_rank(drawn):
 
 
 def test_the_markers_of_the_dial_stand_at_its_setting(drawn):
-    parts(alpha_dial(ALPHAS, TASK, TALES, TEXTS))[0]["alpha"].value = 0.6
+    parts(alpha_dial(ALPHAS, TASK, TALES, TEXTS))[0]["strength"].value = 0.6
     line, markers = drawn[1].axes[0].lines[-2:]
     assert np.allclose(line.get_xdata(), 0.6) and np.allclose(markers.get_xdata(), 0.6) and np.allclose(markers.get_ydata(), [2.0, 4.5])
 

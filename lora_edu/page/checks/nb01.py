@@ -117,15 +117,15 @@ def check_mystery(answers: dict[str, str | None]) -> Verdict:
 
 @functools.cache
 def errors_by_rank() -> tuple[list[float], list[float]]:
-    """Exercise 1.5: mean squared error on 60 noisy examples and on 2,000 unseen ones, for each of `RANKS`."""
+    """Exercise 1.5: mean squared error on 120 noisy examples and on 2,000 unseen ones, for each of `RANKS`."""
     W = randn(48, 64) / 8
-    x, y = teacher(W, hidden_rank=4, n=2060, seed=1, noise=0.5)
+    x, y = teacher(W, hidden_rank=8, n=2120, seed=1, noise=0.5)
     seen, unseen = [], []
     for rank in RANKS:
         layer = fresh(W, rank, a=0.1, b=0.0)
-        seen.append(learn(layer, x[:60], y[:60], steps=400, lr=0.01)[-1])
+        seen.append(learn(layer, x[:120], y[:120], steps=400, lr=0.01)[-1])
         with torch.no_grad():
-            unseen.append(((layer(x[60:]) - y[60:]) ** 2).mean().item())
+            unseen.append(((layer(x[120:]) - y[120:]) ** 2).mean().item())
     return seen, unseen
 
 

@@ -60,11 +60,11 @@ def check_rank_for_budget(student) -> Verdict:
 
 def mystery_curves() -> dict[str, list[tuple[int, float]]]:
     """Exercise 2.3: held-out loss over the steps, of trainings in the record and of one that never moved."""
-    record = load_record("lora_beside_full")
-    lora, start = record["tasks"]["bistro"]["lora"], record["before"]["task"]["bistro"]["valid"]
-    curves = {run["lr"]: [(0, start)] + [(step, task) for step, task, _ in run["path"]] for run in lora["tuning"]}
-    low, best, high = min(curves), lora["lr"], max(curves)
-    return {"P": curves[high], "Q": [(step, start) for step, _ in curves[low]], "R": curves[best], "S": curves[low]}
+    record = load_record("lora_rates")
+    start = record["before"]["task"]["bistro"]["valid"]
+    curves = {run["lr"]: [(0, start)] + [(step, task) for step, task, _ in run["path"]] for run in record["runs"]}
+    best = min(record["runs"], key=lambda run: run["valid"])["lr"]
+    return {"P": curves[max(curves)], "Q": [(step, start) for step, _ in curves[best]], "R": curves[best], "S": curves[min(curves)]}
 
 
 def check_causes(answers: dict[str, str | None]) -> Verdict:
