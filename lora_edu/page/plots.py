@@ -185,7 +185,8 @@ def plot_points(groups: dict, title: str, xlabel: str, ylabel: str, texts: bool 
         x, y, beside = zip(*points)
         ax.plot(x, y, label=name, **look(i))
         for at, text in zip(zip(x, y), beside if texts else ()):
-            ax.annotate(text, at, xytext=(5, -10), textcoords="offset points", fontsize=8, color=COLORS[i % 7])
+            ax.annotate(text, at, xytext=(6, -11), textcoords="offset points", fontsize=8, color=COLORS[i % 7])
+    ax.margins(0.1)     # room for the texts
     ax.legend(frameon=False)
     return fig
 
