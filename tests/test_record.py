@@ -18,11 +18,13 @@ def few_rates(monkeypatch):
     monkeypatch.setattr(record, "tune", lambda rates, one_run: [one_run(lr) for lr in rates])
     monkeypatch.setattr(record, "PLACEMENTS", {"Q, V": (("q_proj", "v_proj"), 38)})
     monkeypatch.setattr(record, "sixteen_bits", lambda device: None)
+    tales_from = record.corpora.tales_from
+    monkeypatch.setattr(record.corpora, "tales_from", lambda model, tokenizer, n, length: tales_from(model, tokenizer, n=4, length=32))
 
 
 def test_lora_beside_full_has_what_the_notebook_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RECORDS", tmp_path)
-    record.store_record("x", record.lora_beside_full(sizes=TINY, seeds=(1,), n=64), began=0.0)
+    record.store_record("x", record.lora_beside_full(sizes=TINY, seeds=(1,), n=32), began=0.0)
     stored = json.loads((tmp_path / "x.json").read_text())
     assert {"date", "device", "threads", "torch", "command"} <= stored["made"].keys()
     for task in TINY:
@@ -33,12 +35,12 @@ def test_lora_beside_full_has_what_the_notebook_reads(tmp_path, monkeypatch):
 
 
 def test_placements_run_too():
-    found = record.placements(steps=2, seeds=(1,), n=64)
+    found = record.placements(steps=2, seeds=(1,), n=32)
     assert found["placements"]["Q, V"]["runs"][0]["trainable"] == 4 * 2 * 38 * 512
 
 
 def test_rates_run_too():
-    found = record.lora_rates(steps=10, n=64, rates=(1e-3, 2e-3))
+    found = record.lora_rates(steps=10, n=32, rates=(1e-3, 2e-3))
     assert [r["lr"] for r in found["runs"]] == [1e-3, 2e-3] and [len(r["path"]) for r in found["runs"]] == [10, 10]
 
 

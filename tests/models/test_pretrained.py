@@ -76,7 +76,7 @@ def test_a_hub_name_goes_through_transformers(monkeypatch, tmp_path):
 
 
 def test_a_name_that_is_nowhere_says_what_to_do(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)     # at once, and not after the hub client's retries
     with pytest.raises(RuntimeError, match="'no/such-model' is neither 'fable' nor a folder.*network"):
         load_pretrained("no/such-model")
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -200,7 +200,7 @@ def test_the_text_form_that_is_stored_holds_nothing_measured(make, model):
 
 def test_a_redraw_is_quick(model):
     """0.1 s is what a drag can bear. The processor's time, and the best of 20: a busy machine must not decide."""
-    for make, control in ((lambda: alpha_dial(ALPHAS, TASK, TALES, TEXTS), "alpha"), (lambda: rank_picture(PICTURE), "rank r"),
+    for make, control in ((lambda: alpha_dial(ALPHAS, TASK, TALES, TEXTS), "strength"), (lambda: rank_picture(PICTURE), "rank r"),
                           (lambda: target_picker(model), "rank r")):
         box, times = make(), []
         slider = parts(box)[0][control]
