@@ -31,7 +31,8 @@ def picture_with_controls(fig: Figure, update, **controls) -> ipywidgets.VBox:
     """
     fig.draw_without_rendering()
     fig.set_layout_engine("none")
-    image, text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%")), ipywidgets.HTML()
+    width = f"{round(fig.get_figwidth() * fig.dpi)}px"     # its own size: stretched over the page it would push the text out of sight
+    image, text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=width, max_width="100%")), ipywidgets.HTML()
     one_at_a_time = threading.Lock()   # JupyterLab may run two controls' callbacks in two threads of its own
 
     def redraw(change=None):
