@@ -20,6 +20,7 @@ from torch import nn
 
 from lora_edu import apply_lora, load_pretrained
 from lora_edu.lora.apply import find_targets, replace
+from lora_edu.record import prepare
 from lora_edu.training.loop import train
 
 RANK, ALPHA, BATCH, LENGTH, THREADS = 8, 16, 8, 128, 2
@@ -52,9 +53,7 @@ def with_loralib() -> nn.Module:
 
 def full() -> nn.Module:
     model, _ = load_pretrained()
-    model.requires_grad_(False)
-    for name in find_targets(model, linears(model), "all-linear"):
-        model.get_submodule(name).weight.requires_grad_(True)
+    prepare(model, "full")
     return model
 
 

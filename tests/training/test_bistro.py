@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
 from torch import nn
 
 from lora_edu.training import bistro
 from lora_edu.training.bistro import SLOTS, slot_accuracy, slots_said
+from lora_edu.training.pretrain import train_tokenizer
 
 FULL = {"name": "The Red Fox", "food": "Greek", "price": "cheap", "area": "river", "rating": "five", "family": "no"}
 SAID = {"name": "The Red Fox", "food": "serves Greek food", "price": "has low prices", "area": "is by the river",
@@ -28,13 +29,7 @@ def by_hand(said: dict[str, str]) -> str:
 @pytest.fixture(scope="module")
 def tokenizer():
     """A byte-level BPE of 512 tokens, end-of-text first, trained on sentences of the grammar."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([text for _, text in bistro.examples("train", 60)], trainer)
-    return tokenizer
+    return train_tokenizer([text for _, text in bistro.examples("train", 60)], vocab_size=512)
 
 
 def test_the_grammar_is_of_the_size_promised_and_unambiguous():

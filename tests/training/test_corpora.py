@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from lora_edu.training import corpora
 from lora_edu.training.corpora import packed_batches, python_docs, tokenize, windows
+from lora_edu.training.pretrain import train_tokenizer
 
 TALE = "Once upon a time there was a king, and the king had a daughter.\n\nShe lived in the castle by the river.\n" * 20
 
@@ -19,13 +19,7 @@ TALE = "Once upon a time there was a king, and the king had a daughter.\n\nShe l
 @pytest.fixture(scope="module")
 def tokenizer():
     """A byte-level BPE of 512 tokens, end-of-text first; the row of blanks gives it tokens for several line breaks at once."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([TALE, "a\n\n\n\tb \n\n  c\n \n.\n\n\n\n" * 500, python_docs("valid")], trainer)
-    return tokenizer
+    return train_tokenizer([TALE, "a\n\n\n\tb \n\n  c\n \n.\n\n\n\n" * 500, python_docs("valid")], vocab_size=512)
 
 
 def paragraphs(text: str) -> set[str]:
