@@ -1,9 +1,11 @@
-"""The long experiments, one command each: python -m lora_edu.record NAME [--tales FILE]
+"""The long experiments, one command each: python -m lora_edu.record NAME [--tales FILE] [--pair FOLDER]
 
     bistro_adapter    the adapter that notebook 00 opens with, into models/fable/bistro_lora
     lora_beside_full  LoRA and full fine-tuning on bistro and python_docs: records/lora_beside_full.json
     lora_rates        one LoRA at seven learning rates: records/lora_rates.json
     placements        the same number of trainable numbers in different matrices: records/placements.json
+    spectra           full fine-tunings cut to every rank, and their nulls: records/spectra.json (record_spectra.py)
+    published_pair    spectra of a published fine-tune, from --pair FOLDER: records/published_pair.json
 
 A record is small JSON with its settings, seeds, device, versions and date; notebooks show it and re-measure a slice.
 Rules (the same for every method): the learning rate is chosen on the validation split, from a grid of factor 2 that is
@@ -14,20 +16,20 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from lora_edu.lora.apply import apply_lora, find_targets, lora_layers
+from lora_edu.lora.apply import apply_lora, lora_layers, unfreeze_matrices
 from lora_edu.lora.layer import is_linear
 from lora_edu.lora.peft_format import load_adapter, save_adapter
 from lora_edu.models.pretrained import BISTRO_ADAPTER, best_device, load_pretrained
 from lora_edu.page.records import RECORDS
 from lora_edu.training import bistro, corpora
-from lora_edu.training.loop import evaluate, fit, train
-from lora_edu.training.pretrain import sixteen_bits
+from lora_edu.training.loop import evaluate, fit, sixteen_bits, train
 
 BATCH, LENGTH = 16, 128          # bistro: 16 records a step; python_docs: 16 windows of 128 tokens
 SEEDS = (1, 2, 3)                # reported; seed 0 is for choosing learning rates
@@ -48,7 +50,9 @@ def store_record(name: str, content: dict, began: float) -> None:
             "command": f"python -m lora_edu.record {name}"}
     RECORDS.mkdir(exist_ok=True)
     part = RECORDS / f"{name}.json.part"
-    part.write_text(json.dumps({"made": made} | content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"made": made} | content, indent=1)
+    text = re.sub(r"\[[-+\d.e,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)      # a list of numbers on one line
+    part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, RECORDS / f"{name}.json")
 
 
@@ -77,10 +81,7 @@ def prepare(model, method: str, targets="all-linear", rank: int = 8, seed: int =
     if method == "lora":
         apply_lora(model, targets, rank=rank, alpha=2 * rank)
     else:
-        linears = {name: m for name, m in model.named_modules() if is_linear(m)}
-        model.requires_grad_(False)
-        for name in find_targets(model, linears, targets):
-            linears[name].weight.requires_grad_(True)
+        unfreeze_matrices(model, targets)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -232,11 +233,17 @@ EXPERIMENTS = {"bistro_adapter": bistro_adapter, "lora_beside_full": lora_beside
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lora_edu.record", description="Make one of the course's records again.")
-    parser.add_argument("name", choices=EXPERIMENTS)
+    from lora_edu import record_spectra      # here, because it builds on this module
+    parser.add_argument("name", choices=[*EXPERIMENTS, "spectra", "published_pair"])
     parser.add_argument("--tales", metavar="FILE", help="a held-out text of tales, to measure forgetting on as well")
+    parser.add_argument("--pair", metavar="FOLDER", help="published_pair: where base.safetensors and ft_*.safetensors are")
     args = parser.parse_args()
     began = time.time()
-    store_record(args.name, EXPERIMENTS[args.name](args.tales), began)
+    if args.name in EXPERIMENTS:
+        content = EXPERIMENTS[args.name](args.tales)
+    else:
+        content = record_spectra.spectra() if args.name == "spectra" else record_spectra.published_pair(args.pair)
+    store_record(args.name, content, began)
     print(f"stored {args.name} after {(time.time() - began) / 60:.1f} minutes")
 
 

@@ -52,6 +52,19 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
     return LoRAReport.of(model, left_out=[name for name in linears if name not in targets])
 
 
+def unfreeze_matrices(model: nn.Module, target_modules: Sequence[str] | str = "all-linear") -> list[str]:
+    """Full fine-tuning's side of a fair comparison: exactly the matrices that `apply_lora` would wrap train, all else is frozen.
+
+    Returns their names.
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    targets = find_targets(model, linears, target_modules)
+    model.requires_grad_(False)
+    for name in targets:
+        linears[name].weight.requires_grad_(True)
+    return targets
+
+
 def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules: Sequence[str] | str) -> list[str]:
     """Names of the linear layers that `target_modules` asks for, in the model's order."""
     if isinstance(target_modules, str):

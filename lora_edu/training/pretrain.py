@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import best_device
 from lora_edu.training.corpora import END, read_text, tokenize, windows
-from lora_edu.training.loop import adamw, evaluate, train, warmup_linear
+from lora_edu.training.loop import adamw, evaluate, sixteen_bits, train, warmup_linear
 
 SHAPE = LlamaConfig(vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
                     num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True)
@@ -147,14 +147,6 @@ def prepare(texts: dict[str, float], valid: str, folder: Path, config: LlamaConf
     size = len(held_out_text.encode())
     print(f"{sum(map(len, data)):,} tokens to learn from; the held-out text has {size / len(held_out_tokens):.2f} bytes a token")
     return tokenizer, data, windows(held_out_tokens, config.max_position_embeddings), size
-
-
-def sixteen_bits(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware multiplies it faster than float32, else None."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)     # absent before torch 2.6: float32 then
-    return torch.bfloat16 if device.type == "cpu" and has() else None
 
 
 def text_and_share(argument: str) -> tuple[str, float]:
