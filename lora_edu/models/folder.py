@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lora_edu.files import tensor_files
+
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -50,26 +52,6 @@ def refuse_unsupported(raw: Mapping, file: Path) -> None:
     if found:
         raise ValueError(f"{file} asks for what this LLaMA does not have: {', '.join(found)}. "
                          "Load it with transformers instead; apply_lora takes that model too.")
-
-
-def tensor_files(path: Path) -> dict[str, Path]:
-    """Name of each tensor -> the file that holds it."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = [name for name in where.values() if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{index} names the file {outside[0]!r}: shards must lie in the folder itself.")
-        return {tensor: path / name for tensor, name in where.items()}
-    single = path / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(f"{path} has neither model.safetensors nor model.safetensors.index.json; "
-                                "old pickled .bin weights are not read: convert them with transformers first.")
-    try:
-        with safe_open(single, framework="pt") as f:
-            return dict.fromkeys(f.keys(), single)
-    except SafetensorError as error:
-        raise ValueError(f"{single} is damaged or no safetensors file ({error}): fetch it again.") from None
 
 
 def read_tensors(path: str | Path, wanted: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
