@@ -1,7 +1,23 @@
-"""The command `lora-edu`: for now it says what it is, and which version."""
+"""The command `lora-edu`: what fine-tuning changed (`spectrum`), and a LoRA cut out of it (`extract`)."""
 import argparse
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lora_edu.lora.extract import Deltas, deltas, extract_lora
+from lora_edu.lora.report import text_table
+from lora_edu.measure.spectra import spectrum
+from lora_edu.models.pretrained import FABLE
+
+SIDES = "'fable', a folder, a .safetensors file, an old .bin or .pt file, or a name on the hub (owner/name)"
+HEAD = ("matrix", "shape", "change", "rank for 90 %", "effective rank", "stable rank", "above noise edge")
 
 
 def installed_version() -> str:
@@ -16,19 +32,105 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="lora-edu", description="The library behind the lora_edu course. The notebooks are in the repository: python dev.py lab.")
     top.add_argument("--version", action="version", version=f"lora-edu {installed_version()}")
+    verbs = top.add_subparsers(title="verbs", metavar="VERB")
+    see = verbs.add_parser("spectrum", help="the singular values of what fine-tuning changed, matrix by matrix")
+    see.add_argument("--json", type=Path, metavar="FILE", help="write all singular values, with the sources and their checksums")
+    see.add_argument("--plot", type=Path, metavar="FILE", help="draw them; a .png file")
+    cut = verbs.add_parser("extract", help="write the best LoRA for a full fine-tune, in PEFT's format")
+    size = cut.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", type=int, help="rank of the LoRA, for example 16")
+    size.add_argument("--energy", type=float, help="or the share of the squared change to keep, for example 0.9")
+    cut.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it: a new or an empty folder")
+    for verb, run in ((see, show_spectrum), (cut, extract)):
+        verb.add_argument("base", metavar="BASE", help="the model before: " + SIDES)
+        verb.add_argument("tuned", metavar="TUNED", help="the model after full fine-tuning")
+        verb.set_defaults(run=run)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` without the program's name, by default the process's own.
 
+    Returns:
+        0, or 1 after an error that it said in one line on stderr.
+
     Raises:
         SystemExit: after --help and --version (status 0), and for an argument it does not know (status 2).
     """
     top = parser()
-    top.parse_args(argv)
-    top.print_help()
+    args = top.parse_args(argv)
+    if "run" not in args:
+        top.print_help()
+        return 0
+    with warnings.catch_warnings():
+        # tqdm.write: on a line of its own, also while a progress bar stands
+        warnings.showwarning = lambda message, *rest: tqdm.write(f"lora-edu: {message}", file=sys.stderr)
+        try:
+            args.run(args)
+        except (ValueError, OSError, RuntimeError) as error:
+            print("lora-edu: " + " ".join(str(error).split()), file=sys.stderr)
+            return 1
     return 0
+
+
+def source(name: str) -> str | Path:
+    return FABLE if name == "fable" else name
+
+
+def extract(args: argparse.Namespace) -> None:
+    print(extract_lora(source(args.base), source(args.tuned), rank=args.rank, energy=args.energy, out=args.out))
+
+
+def show_spectrum(args: argparse.Namespace) -> None:
+    for file in filter(None, (args.json, args.plot)):
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {file.parent} to write {file.name} in: make it first.")
+    if args.plot and args.plot.suffix != ".png":
+        raise ValueError(f"--plot {args.plot} is no .png file: give a name that ends in .png.")
+    pair = deltas(source(args.base), source(args.tuned))
+    measured, rows = measure(pair)
+    print(text_table([HEAD, *rows]) + "\n\n" + str(pair.report()))
+    if args.json:
+        said = {"base": describe(args.base, pair.base), "tuned": describe(args.tuned, pair.tuned), "matrices": measured,
+                "others": [other._asdict() for other in pair.others]}
+        write_whole(args.json, lambda half: half.write_text(json.dumps(said) + "\n", encoding="utf-8"))
+    if args.plot:
+        from lora_edu.page.spectrum_plots import plot_spectra      # matplotlib, only for a picture
+        figure = plot_spectra({name: each["singular_values"] for name, each in measured.items()}, title=f"{args.base} to {args.tuned}")
+        write_whole(args.plot, lambda half: figure.savefig(half, format="png"))
+
+
+def measure(pair: Deltas) -> tuple[dict[str, dict], list[tuple[str, ...]]]:
+    """Singular values of every matrix, one at a time: what --json stores, and the rows of the table."""
+    measured, rows = {}, []
+    for name, weight, delta in tqdm(pair, desc="spectrum", unit="matrix", leave=False):
+        seen, before = spectrum(delta), weight.norm().item()
+        change = delta.norm().item() / before if before else math.nan
+        shape = f"{delta.shape[0]} x {delta.shape[1]}"
+        rows.append((name, shape, f"{change:.2%}", str(seen.rank_for(0.9).item()), f"{seen.effective_rank().item():.1f}",
+                     f"{seen.stable_rank().item():.1f}", str(seen.above_edge().item())))
+        measured[name] = {"shape": list(delta.shape), "change": change if before else None, "singular_values": seen.values.tolist()}
+        del weight, delta                                          # before the next pair is read
+    return measured, rows
+
+
+def describe(name: str, side) -> dict:
+    return {"source": name, "sha256": {file.name: checksum(file) for file in side.files}}
+
+
+def checksum(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name, then move: `file` is there whole, or as it was."""
+    half = file.with_name(file.name + ".part")
+    try:
+        write(half)
+        half.replace(file)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,19 @@
-"""The command lora-edu says what it is, and refuses what it does not know."""
+"""The command lora-edu: its two verbs give the library's numbers, and errors are one line."""
+import hashlib
+import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from lora_edu import cli
+from lora_edu import cli, load_pretrained
+from lora_edu.lora.extract import deltas
+from lora_edu.models.pretrained import FABLE
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -37,3 +46,115 @@ def test_an_unknown_verb_is_refused(capsys):
 
 def test_pyproject_points_to_it():
     assert PROJECT["scripts"] == {"lora-edu": "lora_edu.cli:main"}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """Fable with one layer changed: rank 3 in one matrix, noise in another, and a norm."""
+    model, generator = load_pretrained()[0], torch.Generator().manual_seed(0)
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.self_attn.q_proj.weight += 0.03 * torch.randn(256, 3, generator=generator) @ torch.randn(3, 256, generator=generator)
+        layer.mlp.down_proj.weight += 0.01 * torch.randn(256, 688, generator=generator)
+        layer.input_layernorm.weight += 0.5
+    folder = tmp_path_factory.mktemp("tuned")
+    model.save_folder(folder)
+    return folder
+
+
+def test_spectrum_prints_a_row_for_every_matrix_and_the_rest(tuned, capsys):
+    assert cli.main(["spectrum", "fable", str(tuned)]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:29]}
+    assert rows["model.layers.1.self_attn.q_proj"][:3] == ["256", "x", "256"]
+    q, down, same = (rows[f"model.layers.{name}"] for name in ("1.self_attn.q_proj", "1.mlp.down_proj", "0.mlp.up_proj"))
+    assert q[4] == "3" and float(q[5]) == pytest.approx(3, abs=0.5)
+    assert int(down[4]) > 150 and int(down[-1]) < 5
+    assert same[3:] == ["0.00%", "0", "0.0", "0.0", "0"]
+    change = (load_file(tuned / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float()
+              - load_file(FABLE / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float())
+    before = load_file(FABLE / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float()
+    assert down[3] == f"{change.norm() / before.norm():.2%}"
+    assert any(line.startswith("norm ") for line in lines[29:]) and lines[-1].startswith("2 of 28 matrices changed")
+    assert "28/28" in err or "spectrum" in err
+
+
+def test_spectrum_writes_singular_values_sources_and_checksums(tuned, tmp_path, capsys):
+    assert cli.main(["spectrum", "fable", str(tuned), "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]) == 0
+    said = json.loads((tmp_path / "s.json").read_text())
+    assert said["base"] == {"source": "fable", "sha256": {
+        "model.safetensors": hashlib.sha256((FABLE / "model.safetensors").read_bytes()).hexdigest()}}
+    assert said["tuned"]["source"] == str(tuned)
+    name, _, delta = next(d for d in deltas(FABLE, tuned) if d.name.endswith("1.mlp.down_proj"))
+    assert said["matrices"][name]["shape"] == [256, 688] and len(said["matrices"]) == 28
+    np.testing.assert_allclose(said["matrices"][name]["singular_values"], np.linalg.svd(delta.numpy(), compute_uv=False), rtol=1e-3)
+    assert {"name": "model.layers.1.input_layernorm.weight", "kind": "norm", "squared": 64.0} in said["others"]
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["s.json", "s.png"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "s.json").write_text("old")
+
+    def half(file):
+        file.write_text("half")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        cli.write_whole(tmp_path / "s.json", half)
+    assert [f.name for f in tmp_path.iterdir()] == ["s.json"] and (tmp_path / "s.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("size, rank", [(["--rank", "3"], 3), (["--energy", "0.5"], None)])
+def test_extract_writes_an_adapter(size, rank, tuned, tmp_path, capsys):
+    assert cli.main(["extract", "fable", str(tuned), *size, "--out", str(tmp_path / "lora")]) == 0
+    out = capsys.readouterr().out
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == (rank or config["r"]) and "q_proj  " in out and f"rank {config['r']} on 2 matrices keeps" in out and "norm" in out
+    assert len(load_file(tmp_path / "lora" / "adapter_model.safetensors")) == 4
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["spectrum", "fable", "TMP/nowhere"], "there is no folder or file"),
+    (["spectrum", "fable", "TUNED", "--plot", "TMP/s.jpg"], "is no .png file"),
+    (["spectrum", "fable", "TUNED", "--json", "TMP/no/s.json"], "there is no folder TMP/no to write s.json in"),
+    (["extract", "fable", "TUNED", "--rank", "300", "--out", "TMP/lora"], "the largest rank that fits"),
+    (["extract", "fable", "fable", "--rank", "3", "--out", "TMP/lora"], "no matrix of"),
+    (["extract", "fable", "TUNED", "--rank", "3", "--out", "TUNED"], "is no empty folder"),
+    (["extract", "fable", "TMP/bad.bin", "--rank", "3", "--out", "TMP/lora"], "is damaged, or a pickle"),
+    (["extract", "fable", "TMP/no-such/model", "--energy", "2", "--out", "TMP/lora"], "energy=2.0 is no share"),
+])
+def test_errors_are_one_line_and_status_1(arguments, message, tuned, tmp_path, capsys):
+    (tmp_path / "bad.bin").write_bytes(b"nonsense")
+    fill = {"TMP": str(tmp_path), "TUNED": str(tuned)}
+    for word, value in fill.items():
+        arguments, message = [a.replace(word, value) for a in arguments], message.replace(word, value)
+    assert cli.main(arguments) == 1
+    out, err = capsys.readouterr()
+    said = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("lora-edu: ")]
+    assert len(said) == 1 and message in said[0] and "Traceback" not in err and not out
+    assert [f.name for f in tmp_path.iterdir()] == ["bad.bin"]
+
+
+@pytest.mark.parametrize("arguments, word", [(["extract", "a", "b", "--out", "c"], "--rank --energy"), (["spectrum", "a"], "TUNED"),
+                                             (["extract", "a", "b", "--rank", "2", "--energy", "0.5", "--out", "c"], "not allowed with")])
+def test_arguments_that_are_missing_or_too_many(arguments, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_unrelated_models_are_warned_about_in_one_line(tmp_path, capsys):
+    for seed in (0, 1):
+        save_file({"a.weight": torch.randn(50, 50, generator=torch.Generator().manual_seed(seed))}, tmp_path / f"{seed}.safetensors")
+    assert cli.main(["spectrum", *(str(tmp_path / f"{seed}.safetensors") for seed in (0, 1))]) == 0
+    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("lora-edu: ")]
+    assert len(said) == 1 and "look unrelated" in said[0]
+
+
+def test_it_runs_as_a_module_without_matplotlib_or_ipywidgets():
+    """Pictures are drawn by what is imported when they are asked for."""
+    code = "import sys; sys.modules.update(matplotlib=None, ipywidgets=None); from lora_edu import cli; sys.exit(cli.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "spectrum" in done.stdout and "extract" in done.stdout, done.stderr

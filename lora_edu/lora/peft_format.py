@@ -6,6 +6,7 @@ wrong files with a warning or with none; here every tensor must have its place a
 Source: PEFT 0.21, developer guide "checkpoint format".
 """
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_edu.lora.apply import apply_lora, lora_state_dict, remove_lora, some_lora_layers
+from lora_edu.lora.apply import apply_lora, ends_in, lora_state_dict, remove_lora, some_lora_layers
 from lora_edu.lora.layer import is_conv1d
 from lora_edu.lora.report import LoRAReport
 
@@ -32,25 +33,56 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
         base_name: the model the adapter belongs to, for the reader of the config.
     """
     layers = some_lora_layers(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{PREFIX}{name}.weight": t.to(dtype).contiguous() for name, t in lora_state_dict(model).items()}
     first = layers[0][1]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True,
-              "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "bias": "none",
-              "fan_in_fan_out": is_conv1d(first.base_layer), "target_modules": endings(model, [name for name, _ in layers])}
-    save_file(tensors, folder / (TENSORS + ".part"), metadata={"format": "pt"})
-    (folder / (CONFIG + ".part")).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (TENSORS, CONFIG):
-        (folder / (name + ".part")).replace(folder / name)
+    modules = [name for name, _ in model.named_modules() if ".base_layer" not in name]
+    config = adapter_config(first.rank, first.alpha, target_modules([name for name, _ in layers], modules), base_name,
+                            is_conv1d(first.base_layer)) | {"task_type": "CAUSAL_LM", "lora_dropout": first.dropout}
+    return write_adapter(folder, {name: t.to(dtype) for name, t in lora_state_dict(model).items()}, config)
+
+
+def adapter_config(rank: int, alpha: float, targets: list[str] | str, base_name: str | None, transposed: bool) -> dict:
+    """What adapter_config.json says of a plain LoRA; transposed: the targets store (in, out), as transformers' Conv1D does."""
+    return {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "inference_mode": True, "r": rank,
+            "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": transposed, "target_modules": targets}
+
+
+def write_adapter(folder: str | Path, factors: dict[str, torch.Tensor], config: dict) -> int:
+    """Write both files of an adapter; returns the bytes of the tensor file.
+
+    Temporary names first, then both are moved. If that fails or is interrupted, what was new is taken away again, the folder too.
+
+    Args:
+        factors: "module name.lora_A" and "….lora_B" -> tensor.
+    """
+    folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    new = [folder / name for name in (TENSORS, CONFIG) if not (folder / name).exists()]
+    half = {name: folder / (name + ".part") for name in (TENSORS, CONFIG)}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({f"{PREFIX}{name}.weight": t.contiguous() for name, t in factors.items()}, half[TENSORS], metadata={"format": "pt"})
+        half[CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, file in half.items():
+            file.replace(folder / name)
+    except BaseException:               # Ctrl-C too
+        for file in (*half.values(), *new):
+            file.unlink(missing_ok=True)
+        for place in made:
+            place.rmdir()
+        raise
     return (folder / TENSORS).stat().st_size
 
 
-def endings(model: nn.Module, names: list[str]) -> list[str]:
-    """The last parts of the names ("q_proj") where these choose the same modules, else the full names."""
-    short = sorted({name.rpartition(".")[2] for name in names})
-    chosen = [n for n, m in model.named_modules() if n.rpartition(".")[2] in short and ".base_layer" not in n]
-    return short if sorted(chosen) == sorted(names) else names
+def target_modules(names: list[str], modules: list[str]) -> list[str] | str:
+    """What makes PEFT (and `apply_lora`) choose exactly `names` among a model's `modules`.
+
+    The last parts of the names ("q_proj") where they will do, else the full names, else a regular expression for them: a full name
+    is matched as an ending too, and may be the ending of another.
+    """
+    for entries in (sorted({name.rpartition(".")[2] for name in names}), list(names)):
+        if {m for m in modules if any(ends_in(m, entry) for entry in entries)} == set(names):
+            return entries
+    return "|".join(re.escape(name) for name in names)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> LoRAReport:

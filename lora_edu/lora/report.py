@@ -1,4 +1,6 @@
 """What `apply_lora` did, as a table: which layers, how many numbers train, how large the adapter file will be."""
+import html
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -57,14 +59,23 @@ class LoRAReport:
                 f"merging keeps {self.merge_bytes:,} more in memory.")
 
     def __str__(self) -> str:
-        table = [("layer", "count", "shape", "trainable"), *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(4)]
-        lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in table]
-        return "\n".join([*lines, self.summary()])
+        return text_table([("layer", "count", "shape", "trainable"), *self.rows()]) + "\n" + self.summary()
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in ("layer", "count", "shape (out x in)", "trainable numbers"))
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self.rows())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{self.summary()}</p>"
+        return html_table([("layer", "count", "shape (out x in)", "trainable numbers"), *self.rows()]) + f"<p>{self.summary()}</p>"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart, the first to the left and the others to the right; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in
+                               enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """The same as HTML; what the cells say is escaped."""
+    head, *body = (["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>" for row in part]
+                   for tag, part in (("th", rows[:1]), ("td", rows[1:])))
+    return f"<table><thead>{head[0]}</thead><tbody>{''.join(body[0])}</tbody></table>"
