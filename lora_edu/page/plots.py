@@ -8,6 +8,7 @@ import base64
 import io
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"
@@ -32,6 +33,10 @@ LABELS = {
     "sigma": r"singular value $\sigma_i$",
     "change": r"size of the update, $\|\Delta W\| / \|W_0\|$ (no unit)",
     "entry": "value of the entry",
+    "rank kept": "rank r kept of the update (log scale, and 0)",
+    "kept": "kept of the whole update (%)",
+    "kept or right": "kept of the whole update, or slots right (%)",
+    "density": r"density (per unit of $\sigma$)",
 }
 
 
@@ -55,7 +60,7 @@ def look(i: int) -> dict:
 def png(fig: Figure) -> bytes:
     """The figure as PNG bytes; the same figure, drawn anew, gives the same bytes."""
     out = io.BytesIO()
-    fig.savefig(out, format="png", metadata={"Software": None})
+    FigureCanvasAgg(fig).print_png(out, metadata={"Software": None})     # `savefig` gives the same picture and draws it twice
     return out.getvalue()
 
 
