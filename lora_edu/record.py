@@ -40,14 +40,14 @@ PLACEMENTS = {"all-linear": (PROJECTIONS, 8), "MLP": (PROJECTIONS[4:], 14), "Q, 
               "Q, V": (("q_proj", "v_proj"), 38)}     # equal budgets on fable, within 2 per cent
 
 
-def store_record(name: str, content: dict, began: float) -> None:
+def store_record(name: str, content: dict, began: float, options: str = "") -> None:
     """Write a record with where, when and with what it was made."""
     device = best_device()
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device} ({platform.machine()})"
     made = {"date": time.strftime("%Y-%m-%d"), "device": where,
             "threads": torch.get_num_threads(), "minutes": round((time.time() - began) / 60, 1), "torch": torch.__version__,
             "python": platform.python_version(), "products in": str(sixteen_bits(device) or torch.float32).removeprefix("torch."),
-            "command": f"python -m lora_edu.record {name}"}
+            "command": f"python -m lora_edu.record {name}{options}"}
     RECORDS.mkdir(exist_ok=True)
     part = RECORDS / f"{name}.json.part"
     text = json.dumps({"made": made} | content, indent=1)
@@ -243,7 +243,7 @@ def main() -> None:
         content = EXPERIMENTS[args.name](args.tales)
     else:
         content = record_spectra.spectra() if args.name == "spectra" else record_spectra.published_pair(args.pair)
-    store_record(args.name, content, began)
+    store_record(args.name, content, began, options=" --pair FOLDER" if args.pair else "")
     print(f"stored {args.name} after {(time.time() - began) / 60:.1f} minutes")
 
 

@@ -80,20 +80,21 @@ def one(task: Task, null: str | None, trains: str, seed: int, steps: int, lr: fl
         found["squared change"] = shares(base, tuned, factors)
     if seed == SEEDS[0]:
         found["sigma"] = {name: rounded(S) for name, (_, _, S, _) in factors.parts.items() if name.startswith(SHOWN)}
-    print(f"{task.name} {null or trains} seed {seed}: energy at 8 {found['energy'][4]:.3f}, test {found['cut'][0]['test']}", flush=True)
+    print(f"{task.name} {null or trains} seed {seed}: energy at 8 {found['energy'][RANKS.index(8)]:.3f}, "
+          f"test {found['cut'][0]['test']}", flush=True)
     return found
 
 
-def slices(tasks: dict[str, Task], rates: dict[str, float], tales: dict, steps: int) -> list[dict]:
+def slices(tasks: dict[str, Task], rates: dict[str, float], steps: int, what) -> list[dict]:
     """What the notebook trains again: the first seed, few steps, energy and loss on the first validation batches."""
     base, found = load_pretrained()[0], []
-    for name, null, trains in WHAT:
+    for name, null, trains in what:
         if trains == "matrices" and (name == "bistro" or null is None):
             factors = factor(deltas(base, full_fine_tune(name, steps, rates[name], seed=SEEDS[0], null=null)))
             loss = [round(evaluate(truncate(base, factors, rank, rest="base"), tasks[name].valid[:2]), 4) for rank in (0, 8, 256)]
             found.append({"task": name, "null": null, "seed": SEEDS[0], "steps": steps, "lr": rates[name],
                           "energy": rounded(factors.energy_kept(rank) for rank in RANKS), "ranks": [0, 8, 256], "valid": loss})
-            print("slice", name, null, found[-1]["energy"][4], loss, flush=True)
+            print("slice", name, null, found[-1]["energy"][RANKS.index(8)], loss, flush=True)
     return found
 
 
@@ -107,7 +108,7 @@ def spectra(seeds=SEEDS, n: int = 400, what=WHAT, slice_steps: int = SLICE, size
     return {"settings": {"ranks": list(RANKS), "seeds": list(seeds), "batch": BATCH, "rates": rates, "slice steps": slice_steps,
                          "rules not kept": f"{len(seeds)} seeds in place of five; the rates of nulls and of training everything are those "
                                            "tuned for the task and the matrices; nulls are scored at three ranks"},
-            "slices": slices(tasks, rates, tales, slice_steps),
+            "slices": slices(tasks, rates, slice_steps, what),
             "runs": [one(tasks[name], null, trains, seed, sizes[name]["steps"], rates[name], tales)
                      for seed in seeds for name, null, trains in what]}
 
@@ -127,6 +128,6 @@ def published_pair(pair: str | None) -> dict:
                             "others": [[o.name, o.kind, rounded([o.squared])[0] if o.squared else o.squared] for o in changes.others]}
     return {"source": {"repository": "minimaxir/textgenrnn", "commit": "ee8b9e806d109c25566581f358a4a72b6f03929a",
                        "licence": "MIT", "sha256": checksums,
-                       "what": "a character language model of two LSTM layers, and four full fine-tunes of it, 500 epochs on 2,000 lines each"},
+                       "what": "a character language model of two LSTM layers; four full fine-tunes, 500 epochs on 2,000 lines each"},
             "settings": {"layout": "Keras: (in, out), so a matrix here is the transpose of what torch stores; singular values do not care"},
             "pairs": found}

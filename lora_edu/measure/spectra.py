@@ -4,7 +4,8 @@
 keeps the best rank-r part of each update: energy says how much of ΔW is there, only the model says how much of the learning.
 
 Sources: Eckart and Young (1936) for the best rank-r part; Marchenko and Pastur (1967) for the singular values of noise; Gavish
-and Donoho (2014), arXiv:1305.5870, for its size from the median; Roy and Vetterli (2007) for the effective rank.
+and Donoho (2014), arXiv:1305.5870, for its size from the median; Roy and Vetterli (2007) for the effective rank, there of the
+shares of the singular values, here of the energy.
 """
 import copy
 import functools
@@ -21,7 +22,7 @@ from lora_edu.lora.layer import is_conv1d
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values and what follows from them; every figure has the leading dimensions of `values`.
+    """Singular values and what follows from them; every figure has the leading dimensions of `values` and is on the CPU, in float64.
 
     Attributes:
         values: (..., k) in falling order, k = min(out_features, in_features), in the units of the matrix.
@@ -31,9 +32,13 @@ class Spectrum:
     values: torch.Tensor
     shape: tuple[int, int]
 
+    @property
+    def exact(self) -> torch.Tensor:
+        return self.values.detach().cpu().double()      # Apple's GPUs have no float64
+
     def energy_kept(self) -> torch.Tensor:
         """Share of the squared Frobenius norm in the first 0, 1, ..., k directions, (..., k + 1), no unit. 1 throughout for zeros."""
-        kept = torch.nn.functional.pad(self.values.double().square().cumsum(-1), (1, 0))
+        kept = torch.nn.functional.pad(self.exact.square().cumsum(-1), (1, 0))
         total = kept[..., -1:]
         return torch.where(total > 0, kept / total.clamp_min(torch.finfo(torch.float64).tiny), torch.ones_like(kept))
 
@@ -46,11 +51,11 @@ class Spectrum:
     def effective_rank(self) -> torch.Tensor:
         """exp of the entropy of the energy's shares: k for k equal singular values, 1 for a single one, 0 for zeros."""
         shares = self.energy_kept().diff(dim=-1)
-        return torch.where(self.values[..., 0] > 0, torch.special.entr(shares).sum(-1).exp(), 0.0)
+        return torch.where(self.exact[..., 0] > 0, torch.special.entr(shares).sum(-1).exp(), 0.0)
 
     def stable_rank(self) -> torch.Tensor:
         """Squared Frobenius norm over squared largest singular value: at most the rank, and small changes move it little."""
-        squares = self.values.double().square()
+        squares = self.exact.square()
         return torch.where(squares[..., 0] > 0, squares.sum(-1) / squares[..., 0].clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
     def noise_std(self) -> torch.Tensor:
@@ -58,7 +63,7 @@ class Spectrum:
 
         The median and not the standard deviation of all entries: a few large directions do not move it.
         """
-        return self.values.median(-1).values.double() / math.sqrt(max(self.shape) * median_eigenvalue(min(self.shape) / max(self.shape)))
+        return self.exact.median(-1).values / math.sqrt(max(self.shape) * median_eigenvalue(min(self.shape) / max(self.shape)))
 
     def noise_edge(self) -> torch.Tensor:
         """Where the singular values of that noise end: std (sqrt(out) + sqrt(in)), the upper edge of the Marchenko-Pastur law."""
@@ -66,7 +71,7 @@ class Spectrum:
 
     def above_edge(self) -> torch.Tensor:
         """How many singular values lie above the edge: "not white noise", which is not the same as "what was learned"."""
-        return (self.values > self.noise_edge()[..., None]).sum(-1)
+        return (self.exact > self.noise_edge()[..., None]).sum(-1)
 
 
 def spectrum(matrix: torch.Tensor) -> Spectrum:
