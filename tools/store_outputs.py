@@ -53,8 +53,8 @@ def clean(notebook):
 
 
 def is_progress_bar(output):
-    """tqdm's widget, whose text form is "  0%|          | 0/100": it belongs to the reader's run, not to the file."""
-    return bool(re.match(r"\s*\d+%\|", output.get("data", {}).get("text/plain", "")))
+    """tqdm's widget, whose text form is "  0%|          | 0/100" or "extract:   0%|…": it belongs to the reader's run, not to the file."""
+    return bool(re.match(r"([\w ]+:)?\s*\d+%\|", output.get("data", {}).get("text/plain", "")))
 
 
 def failure(notebook, error):

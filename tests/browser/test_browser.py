@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.browser
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-PLAYED = ("00_", "01_", "02_")   # these hold a slider: the alpha dial, the picture's rank, the picker's rank
+PLAYED = ("00_", "01_", "02_", "03_")   # these hold a slider: the alpha dial, the picture's rank, the picker's rank, the explorer's layer
 WRITTEN = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name.startswith(PLAYED)]
 
 DIAL = """
