@@ -93,9 +93,9 @@ def fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download       # late: `import lora_edu` does not need it
     wanted = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
         if not any(folder.glob("model*.safetensors")):
-            snapshot_download(name, allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"], ignore_patterns=["*/*"])
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"])
     except (OSError, ValueError) as error:              # what the hub client raises: HTTP errors, no cached copy, a bad name
         raise RuntimeError(f"{name!r} is neither a folder nor a file, and the hub did not give it: check the spelling ({HUB_EXAMPLE}) "
                            f"and the network ({str(error).strip().splitlines()[0]})") from error

@@ -16,7 +16,7 @@ class Other(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangeReport:
-    """Squared changes (sums over entries) of a pair of models, by what carries them: a LoRA on linear layers and convolutions, or nothing here.
+    """Squared changes (sums over entries) of a pair of models, by what carries them: a LoRA on linear layers and convolutions, or nothing.
 
     Attributes:
         matrices: how many matrices a LoRA can change; changed: how many of them did change.
@@ -52,7 +52,8 @@ class ChangeReport:
         return f"{sum(known) / whole:.2%}" if known and whole else "unchanged" if known else "no difference"
 
     def summary(self) -> str:
-        return f"{self.changed} of {self.matrices} matrices changed; a LoRA on them leaves out {self.others_share:.2%} of the squared change."
+        return (f"{self.changed} of {self.matrices} matrices changed; a LoRA on them leaves out {self.others_share:.2%} "
+                "of the squared change.")
 
     def __str__(self) -> str:
         table = text_table([("left out of a LoRA", "count", "first of them", "share"), *self.rows()]) + "\n" if self.others else ""

@@ -69,9 +69,8 @@ def krylov_svd(A: torch.Tensor, rank: int, iterations: int) -> tuple[torch.Tenso
 
 def leading(rows: torch.Tensor, rank: int) -> tuple[float, torch.Tensor]:
     """Energy of the `rank` leading directions of `rows` (k, in), and their left singular vectors (k, rank)."""
-    wide = rows.double()                                        # squares lose half the digits
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
-    return squares[-rank:].sum().item(), vectors[:, -rank:].to(rows.dtype)
+    squares, vectors = torch.linalg.eigh(rows @ rows.T)         # squares lose half the digits; what they choose is decomposed itself
+    return squares[-rank:].sum().item(), vectors[:, -rank:]
 
 
 def missing(first: float, second: float, third: float) -> float:

@@ -163,11 +163,12 @@ def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str
     side, cut = getattr(factors.deltas, rest), copy.deepcopy(model)
     with torch.no_grad():
         for name, place in cut.state_dict(keep_vars=True).items():
-            module, _, kind = name.rpartition(".")
-            if kind == "weight" and module in factors.parts:
+            module = name.removesuffix(".weight")          # a matrix that is no layer's weight (an LSTM's) keeps its whole name
+            if module in factors.parts:
                 W0, U, S, Vh = factors.parts[module]
                 weight = W0 + (U[:, :rank] * S[:rank]) @ Vh[:rank]
-                place.copy_((weight.T if is_conv1d(cut.get_submodule(module)) else weight).reshape(place.shape))
+                turned = module != name and is_conv1d(cut.get_submodule(module))
+                place.copy_((weight.T if turned else weight).reshape(place.shape))
             elif name in side.names:
                 place.copy_(side.get(name))
     return cut

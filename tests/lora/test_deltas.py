@@ -32,6 +32,7 @@ class Zoo(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed_tokens, self.codes = nn.Embedding(10, 6), nn.Embedding(4, 6)
+        self.embed = nn.Linear(6, 4)
         self.fc, self.narrow = nn.Linear(6, 5), nn.Linear(6, 1)
         self.conv1, self.conv2 = nn.Conv1d(4, 6, 3), nn.Conv2d(3, 8, (2, 3))
         self.grouped, self.dilated, self.turned = nn.Conv2d(4, 8, 3, groups=2), nn.Conv1d(4, 8, 3, dilation=2), nn.ConvTranspose1d(4, 8, 3)
@@ -66,6 +67,7 @@ def test_every_tensor_is_yielded_or_reported(sort, tmp_path):
     assert others.items() >= {"embed_tokens.weight": "embedding", "fc.bias": "bias", "lstm.bias_ih_l0": "bias", "norm.weight": "norm",
                               "narrow.weight": "vector", "batch.num_batches_tracked": "int64 numbers" if sort == "model" else "I64 numbers",
                               "experts": "stack of matrices (3 axes)"}.items()
+    assert ("embed" in yielded) == (sort == "model")        # a linear layer of that name
     if sort == "model":     # the modules know what names and shapes do not
         assert others.items() >= {"codes.weight": "embedding", "turned.weight": "transposed convolution", "batch.weight": "norm",
                                   "grouped.weight": "convolution with groups, dilation or padding of its own",
@@ -113,6 +115,12 @@ def test_conv1d_is_turned_to_out_in(tmp_path):
         assert torch.equal(weight, linear[name + ".weight"])
 
 
+def test_a_model_that_is_one_layer_has_no_module_name():
+    """It is yielded as a loose matrix: there is no parent in which an adapter could put anything."""
+    pair = deltas(nn.Linear(3, 4), nn.Linear(3, 4))
+    assert [d.name for d in pair] == ["weight"] and pair.matrices == {"weight": "matrix outside a linear layer"}
+
+
 def test_squared_changes_are_those_of_the_definition():
     base, tuned = hf_llama(), perturbed(hf_llama())
     pair = deltas(base, tuned)
@@ -151,9 +159,11 @@ def test_what_has_no_difference_says_why(tmp_path):
     assert "<td>embed_tokens.weight</td>" in pair.report()._repr_html_()
 
 
-def test_ties():
+def test_ties(tmp_path):
     tied, untied = our_llama(tied=True), our_llama(tied=False)
-    assert [o.kind for o in deltas(tied, perturbed(tied)).others if o.name == "lm_head.weight"] == ["tied to model.embed_tokens.weight"]
+    file = saved(perturbed(tied), tmp_path / "x.safetensors")           # holds one of the two names
+    for tuned in (perturbed(tied), file):
+        assert [o.kind for o in deltas(tied, tuned).others if o.name == "lm_head.weight"] == ["tied to model.embed_tokens.weight"]
     untied.load_state_dict(perturbed(tied).state_dict())
     other, = (o for o in deltas(tied, untied).others if o.name == "lm_head.weight")
     assert other.kind == "tied in the base model only" and other.squared > 0
@@ -174,8 +184,10 @@ def test_numbers_whose_squares_leave_float32_are_fine():
     base, tuned = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
     for model, value in ((base, 1e25), (tuned, 2e25)):
         nn.init.constant_(model[0].weight, value)
-    assert next(iter(deltas(base, tuned))).delta[0, 0] == torch.tensor(2e25) - torch.tensor(1e25)
-    assert dot(torch.full((5,), 1e-30), torch.full((5,), 1e-30)) == pytest.approx(5e-60)
+    pair = deltas(base, tuned)
+    assert next(iter(pair)).delta[0, 0] == torch.tensor(2e25) - torch.tensor(1e25)
+    assert pair.measured["0.weight"].squared == pytest.approx(16e50, rel=1e-5) and pair.measured["0.weight"].cosine == pytest.approx(1)
+    assert dot(torch.full((5,), 1e-30), torch.full((5,), 1e-30)) == pytest.approx(5e-60, rel=1e-6, abs=0)
 
 
 def test_unrelated_models_are_warned_about_after_the_iteration():

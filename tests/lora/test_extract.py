@@ -54,6 +54,8 @@ def test_peft_gives_the_truncated_models_logits(build, rank, tmp_path):
     one, two = (load_file(tmp_path / side / "adapter_model.safetensors") for side in "ab")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == (build is gpt2)
     want = logits(truncated(base, tuned, rank))
     assert (want - logits(base)).abs().max() > 0.01
     adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "b").eval()

@@ -54,7 +54,7 @@ def test_on_white_noise_the_error_is_a_thousandth_above_the_best(out, into):
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("out, into", [(400, 300), (300, 400)])
 def test_a_planted_rank_is_found_exactly(dtype, digits, out, into):
-    values = np.geomspace(5, 0.1, 12)
+    values = np.geomspace(5, 1e-3, 12)
     matrix = with_spectrum(values, out, into, dtype)
     U, S, Vh = truncated_svd(matrix, 12)
     assert S.dtype == U.dtype == dtype
@@ -100,6 +100,15 @@ def test_few_directions_are_not_had_by_computing_all(monkeypatch):
     assert sizes == [16]
     truncated_svd(noise(300, 300), 60)
     assert sizes == [16, 300]
+
+
+@pytest.mark.parametrize("matrix, fewest, most", [
+    (with_spectrum(like_fine_tuning(400), 400, 400), 4, 6), (noise(400, 400), 8, 8), (with_spectrum([2.0, 1.0], 400, 400), 1, 4)])
+def test_it_stops_when_little_is_missing(matrix, fewest, most, monkeypatch):
+    calls, real = [], svd.new_directions
+    monkeypatch.setattr(svd, "new_directions", lambda *args: calls.append(1) or real(*args))
+    truncated_svd(matrix, 16)
+    assert fewest <= len(calls) <= most
 
 
 def test_more_iterations_miss_less():

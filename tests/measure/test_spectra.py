@@ -196,3 +196,17 @@ def test_truncate_turns_a_conv1d():
     tuned[0].weight.data += torch.randn(4, 9)
     x = torch.randn(3, 4)
     torch.testing.assert_close(truncate(base, deltas(base, tuned), 4, rest="base")(x), tuned(x))
+
+
+def test_truncate_cuts_matrices_that_are_no_layers_weight():
+    """An LSTM's: `weight_ih_l0` and `weight_hh_l0`, against numpy."""
+    base = nn.LSTM(5, 4).double()
+    tuned = copy.deepcopy(base)
+    for i, p in enumerate(tuned.parameters()):
+        p.data += randn(*p.shape, seed=i)
+    cut = truncate(base, deltas(base, tuned), 2, rest="tuned").state_dict()
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        before = base.state_dict()[name]
+        U, S, Vh = np.linalg.svd((tuned.state_dict()[name] - before).numpy(), full_matrices=False)
+        torch.testing.assert_close(cut[name], before + torch.from_numpy((U[:, :2] * S[:2]) @ Vh[:2]))
+    assert torch.equal(cut["bias_ih_l0"], tuned.bias_ih_l0)
