@@ -64,6 +64,14 @@ def png(fig: Figure) -> bytes:
     return out.getvalue()
 
 
+def few_colors(data: bytes) -> bytes:
+    """The same picture in its 256 most useful colours: a third of the bytes in a notebook's file."""
+    from PIL import Image
+    out = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
 def title_of(fig: Figure) -> str:
     """The figure's own title, or that of its first axes."""
     return fig.get_suptitle() or (fig.axes[0].get_title() if fig.axes else "") or "untitled"
@@ -73,7 +81,7 @@ def show(fig: Figure) -> None:
     """Display the figure's PNG. Its text form is the title, so that a stored output compares equal elsewhere."""
     from IPython.display import display
     title = title_of(fig)
-    data = {"image/png": base64.b64encode(png(fig)).decode(), "text/plain": f"<figure: {title}>"}
+    data = {"image/png": base64.b64encode(few_colors(png(fig))).decode(), "text/plain": f"<figure: {title}>"}
     display(data, metadata={"image/png": {"alt": title}}, raw=True)
 
 
