@@ -1,16 +1,16 @@
 """The command `lora-edu`: what fine-tuning changed (`spectrum`), and a LoRA cut out of it (`extract`)."""
 import argparse
-import hashlib
 import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
 
+from lora_edu.files import checksum, write_whole
 from lora_edu.lora.extract import Deltas, deltas, extract_lora
 from lora_edu.lora.report import text_table
 from lora_edu.measure.spectra import spectrum
@@ -95,9 +95,10 @@ def show_spectrum(args: argparse.Namespace) -> None:
                 "others": [other._asdict() for other in pair.others]}
         write_whole(args.json, lambda half: half.write_text(json.dumps(said) + "\n", encoding="utf-8"))
     if args.plot:
-        from lora_edu.page.spectrum_plots import plot_spectra      # matplotlib, only for a picture
+        from lora_edu.page.plots import png                         # matplotlib, only for a picture
+        from lora_edu.page.spectrum_plots import plot_spectra
         figure = plot_spectra({name: each["singular_values"] for name, each in measured.items()}, title=f"{args.base} to {args.tuned}")
-        write_whole(args.plot, lambda half: figure.savefig(half, format="png"))
+        write_whole(args.plot, lambda half: half.write_bytes(png(figure)))
 
 
 def measure(pair: Deltas) -> tuple[dict[str, dict], list[tuple[str, ...]]]:
@@ -116,21 +117,6 @@ def measure(pair: Deltas) -> tuple[dict[str, dict], list[tuple[str, ...]]]:
 
 def describe(name: str, side) -> dict:
     return {"source": name, "sha256": {file.name: checksum(file) for file in side.files}}
-
-
-def checksum(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, then move: `file` is there whole, or as it was."""
-    half = file.with_name(file.name + ".part")
-    try:
-        write(half)
-        half.replace(file)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

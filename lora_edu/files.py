@@ -1,9 +1,11 @@
 """The tensors of a model that is not in memory: a folder, a safetensors file, or a name on the Hugging Face hub.
 
-Below models/ and lora/, used by both.
+Below models/ and lora/, used by both; and two small things that everyone who has files needs, `checksum` and `write_whole`.
 """
+import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,6 +69,22 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
 
 def damaged(file: Path, error: SafetensorError) -> ValueError:
     return ValueError(f"{file} is damaged or no safetensors file ({error}): fetch it again.")
+
+
+def checksum(file: Path) -> str:
+    """The file's sha256, in hexadecimal."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name, then move: `file` is there whole, or as it was."""
+    half = file.with_name(file.name + ".part")
+    try:
+        write(half)
+        half.replace(file)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def locate(source: str | Path) -> Path:

@@ -14,7 +14,6 @@ the matrices that LoRA adapts, embedding and norms frozen.
 """
 import argparse
 import json
-import os
 import platform
 import re
 import statistics
@@ -23,15 +22,16 @@ from pathlib import Path
 
 import torch
 
+from lora_edu.files import write_whole
 from lora_edu.lora.apply import apply_lora, lora_layers, unfreeze_matrices
 from lora_edu.lora.layer import is_linear
 from lora_edu.lora.peft_format import load_adapter, save_adapter
+from lora_edu.measure.nulls import BATCH, DOCS, training_batches
 from lora_edu.models.pretrained import BISTRO_ADAPTER, best_device, load_pretrained
 from lora_edu.page.records import RECORDS
 from lora_edu.training import bistro, corpora
 from lora_edu.training.loop import evaluate, fit, sixteen_bits, train
 
-BATCH, LENGTH = 16, 128          # bistro: 16 records a step; python_docs: 16 windows of 128 tokens
 SEEDS = (1, 2, 3)                # reported; seed 0 is for choosing learning rates
 SIZES = {"bistro": {"steps": 200, "every": 25}, "python_docs": {"steps": 100, "every": 20}}
 FIRST_RATES = {"lora": (4e-3, 8e-3, 1.6e-2), "full": (5e-4, 1e-3, 2e-3)}
@@ -49,11 +49,9 @@ def store_record(name: str, content: dict, began: float, options: str = "") -> N
             "python": platform.python_version(), "products in": str(sixteen_bits(device) or torch.float32).removeprefix("torch."),
             "command": f"python -m lora_edu.record {name}{options}"}
     RECORDS.mkdir(exist_ok=True)
-    part = RECORDS / f"{name}.json.part"
     text = json.dumps({"made": made} | content, indent=1)
     text = re.sub(r"\[[-+\d.e,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)      # a list of numbers on one line
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, RECORDS / f"{name}.json")
+    write_whole(RECORDS / f"{name}.json", lambda part: part.write_text(text + "\n", encoding="utf-8"))
 
 
 class Task:
@@ -65,14 +63,11 @@ class Task:
             self.valid, self.test = (bistro.heldout(tokenizer, n // 2, split="valid"), bistro.heldout(tokenizer, n, split="test"))
             self.records = bistro.records("test", n)
         else:
-            self.tokens = corpora.tokenize(tokenizer, corpora.python_docs("train"))
             docs = {split: corpora.tokenize(tokenizer, corpora.python_docs(split)) for split in ("valid", "test")}
-            self.valid, self.test = (corpora.windows(tokens, LENGTH)[:n // 32] for tokens in docs.values())
+            self.valid, self.test = (corpora.windows(tokens, DOCS)[:n // 32] for tokens in docs.values())
 
     def batches(self, steps: int, seed: int):
-        if self.name == "bistro":
-            return bistro.batches(self.tokenizer, steps, BATCH, seed)
-        return corpora.packed_batches(self.tokens, LENGTH, BATCH, seed, steps)
+        return training_batches(self.tokenizer, self.name, steps, seed)
 
 
 def prepare(model, method: str, targets="all-linear", rank: int = 8, seed: int = 0) -> int:

@@ -6,10 +6,10 @@
 The rules are those of `record.py`. Each full fine-tuning has the steps and the learning rate of the record lora_beside_full, the
 nulls those of the task they stand beside.
 """
-import hashlib
 from pathlib import Path
 
-from lora_edu.lora.extract import deltas
+from lora_edu.files import checksum
+from lora_edu.lora.extract import ChangeReport, deltas
 from lora_edu.measure.nulls import BATCH, full_fine_tune
 from lora_edu.measure.spectra import Factors, Spectrum, factor, spectrum, truncate
 from lora_edu.models.pretrained import load_pretrained
@@ -55,13 +55,12 @@ def scores(model, factors: Factors, task: Task, tales, ranks, rest: str, slots: 
     return found
 
 
-def shares(base, tuned, factors: Factors) -> dict[str, float]:
+def shares(report: ChangeReport) -> dict[str, float]:
     """Squared change of the matrices, of the embedding and of the norms."""
-    found = {"matrices": sum(S.square().sum().item() for _, _, S, _ in factors.parts.values()), "embedding": 0.0, "norms": 0.0}
-    for (name, before), after in zip(base.named_parameters(), tuned.parameters()):
-        if name.removesuffix(".weight") not in factors.parts:
-            found["embedding" if "embed" in name else "norms"] += (after - before).detach().square().sum().item()
-    return {kind: rounded([value])[0] for kind, value in found.items()}
+    def of(kind):
+        return sum(other.squared for other in report.others if other.kind == kind)
+
+    return dict(zip(("matrices", "embedding", "norms"), rounded([report.squared, of("embedding"), of("norm")])))
 
 
 def one(task: Task, null: str | None, trains: str, seed: int, steps: int, lr: float, tales: dict) -> dict:
@@ -77,7 +76,7 @@ def one(task: Task, null: str | None, trains: str, seed: int, steps: int, lr: fl
              "matrices": matrices_of(factors),
              "cut": [scores(base, factors, task, tales, ranks, rest, slots) for rest in rests]}
     if trains == "everything":
-        found["squared change"] = shares(base, tuned, factors)
+        found["squared change"] = shares(factors.deltas.report())
     if seed == SEEDS[0]:
         found["sigma"] = {name: rounded(S) for name, (_, _, S, _) in factors.parts.items() if name.startswith(SHOWN)}
     print(f"{task.name} {null or trains} seed {seed}: energy at 8 {found['energy'][RANKS.index(8)]:.3f}, "
@@ -119,7 +118,7 @@ def published_pair(pair: str | None) -> dict:
     files = [folder / "base.safetensors", *sorted(folder.glob("ft_*.safetensors"))]
     if not pair or len(files) < 2 or not files[0].is_file():
         raise ValueError(f"--pair {pair}: give a folder with base.safetensors and at least one ft_*.safetensors.")
-    checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    checksums = {file.name: checksum(file) for file in files}
     found = {}
     for file in files[1:]:
         changes = deltas(files[0], file)

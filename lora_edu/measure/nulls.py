@@ -43,7 +43,7 @@ def full_fine_tune(task: str = "bistro", steps: int = 200, lr: float = 2e-3, *, 
 
 
 def training_batches(tokenizer, task: str, steps: int, seed: int = 0, null: str | None = None) -> Iterator[Batch]:
-    """`steps` batches of 16 rows of a task, or of its null made from the same records in the same order.
+    """`steps` batches of 16 rows of a task (what every record trains on), or of its null made from the same records in the same order.
 
     Raises:
         ValueError: an unknown task or null, or sentences of a task that has none to exchange.

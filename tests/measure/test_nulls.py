@@ -1,4 +1,6 @@
 """Trained nulls: what each leaves alone, what it breaks, and that its data can still be told from the task's."""
+import random
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from lora_edu import load_pretrained
 from lora_edu.measure import nulls
 from lora_edu.measure.nulls import full_fine_tune, training_batches
 from lora_edu.training import bistro
+from lora_edu.training.loop import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def test_mismatched_has_the_same_records_and_sentences_otherwise_paired(tokenize
 def test_mismatched_sentences_are_wrong_as_often_as_strangers(tokenizer):
     """Slots of the sentences against the records they stand beside: about the floor, not the 100 % of the real pairs."""
     records = bistro.records("train", 64)
-    rng = __import__("random").Random(0)
+    rng = random.Random(0)
     said = [bistro.sentence(record, rng) for record in records]
     assert bistro.slot_accuracy(said, records).slots == 1
     assert bistro.slot_accuracy(said[1:] + said[:1], records).slots < 0.35
@@ -55,7 +58,6 @@ def test_more_of_the_same_is_what_fable_would_say(tokenizer, monkeypatch):
     batches = listed(tokenizer, "more_of_the_same", steps=2)
     assert [tuple(inputs.shape) for inputs, _ in batches] == [(16, 64)] * 2
     base = load_pretrained()[0]
-    from lora_edu.training.loop import evaluate
     assert abs(evaluate(base, batches) - 3.14) < 0.35      # fable's own entropy, as the record has it
 
 
