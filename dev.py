@@ -5,10 +5,12 @@
     python dev.py test [ARGS...]        run every test; ARGS go to pytest   (python dev.py test -x -k rank)
     python dev.py notebooks [NAME...]   run notebooks and store their outputs
     python dev.py links [--repo O/N]    write the repository's address into all notebooks
+    python dev.py colab [ARGS...]       run all notebooks on the package versions of a Colab runtime; ARGS go to pytest
 
 Needs Python 3.11 to 3.13 and nothing else. The first call makes .venv here and installs into it what pyproject.toml and
 constraints.txt say; later calls install again only when one of the two has changed. Which build of PyTorch you get is
-up to the package index: set PIP_EXTRA_INDEX_URL, PIP_INDEX_URL or PIP_FIND_LINKS as pip documents them.
+up to the package index: set PIP_EXTRA_INDEX_URL, PIP_INDEX_URL or PIP_FIND_LINKS as pip documents them. `colab` does the
+same in .venv-colab with colab-constraints.txt.
 
 Run on Linux. Written for macOS and Windows too, but not run there.
 """
@@ -28,8 +30,7 @@ import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ENV = HERE / ".venv"
-EXTRAS = ".[lab,hub,test,browser]"
+ENV, CONSTRAINTS, EXTRAS = HERE / ".venv", "constraints.txt", ".[lab,hub,test,browser]"
 FIRST = "00_start_here.ipynb"
 
 
@@ -44,7 +45,13 @@ def fail(text):
 # -- the environment ---------------------------------------------------------------------------------------------------
 # .venv is trusted when the stamp in it, written last, says what is wanted now. While an install runs, a note lies beside
 # .venv; a note that is still there belongs to an install that was stopped, and pip does not notice a package that was
-# copied only halfway. So that .venv is made again.
+# copied only halfway. So that .venv is made again. What is said here of .venv holds for .venv-colab, too.
+
+def use_colab():
+    """From here on, this process is about the Colab stack: no JupyterLab and no browser there, only the notebooks."""
+    global ENV, CONSTRAINTS, EXTRAS
+    ENV, CONSTRAINTS, EXTRAS = HERE / ".venv-colab", "colab-constraints.txt", ".[hub,test]"
+
 
 def env_bin():
     return ENV / ("Scripts" if os.name == "nt" else "bin")
@@ -64,7 +71,7 @@ def unfinished_note():
 
 def wanted():
     """What a trusted .venv was made for: this Python, this folder (its scripts hold the path), these two files."""
-    files = b"\0".join((HERE / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    files = b"\0".join((HERE / name).read_bytes() for name in ("pyproject.toml", CONSTRAINTS))
     return {"python": "{}.{}".format(*sys.version_info), "folder": str(HERE), "files": hashlib.sha256(files).hexdigest()}
 
 
@@ -91,31 +98,31 @@ def plan():
     """What .venv needs, and why: ("nothing" | "install" into what is there | "rebuild" from scratch, reason)."""
     now, stamp = wanted(), read_stamp()
     if not ENV.exists():
-        return "rebuild", "there is no .venv yet"
+        return "rebuild", f"there is no {ENV.name} yet"
     if unfinished_note().exists():
-        return "rebuild", "an earlier install did not finish, so .venv is made again"
+        return "rebuild", f"an earlier install did not finish, so {ENV.name} is made again"
     if not env_python().exists():
-        return "rebuild", "the Python in .venv is gone, so .venv is made again"
+        return "rebuild", f"the Python in {ENV.name} is gone, so it is made again"
     if stamp is None:
         if usable_version(env_python()) != now["python"]:
-            return "rebuild", f".venv does not run Python {now['python']} with pip, so it is made again"
-        return "install", ".venv was not finished by dev.py, so it is finished now"
+            return "rebuild", f"{ENV.name} does not run Python {now['python']} with pip, so it is made again"
+        return "install", f"{ENV.name} was not finished by dev.py, so it is finished now"
     if stamp == now:
         return "nothing", ""
     for key, what in (("python", "another Python"), ("folder", "another folder")):
         if stamp.get(key) != now[key]:
-            return "rebuild", f".venv was made for {what} ({stamp.get(key)}, here {now[key]}), so it is made again"
-    return "install", "pyproject.toml or constraints.txt has changed, so the packages are brought up to date"
+            return "rebuild", f"{ENV.name} was made for {what} ({stamp.get(key)}, here {now[key]}), so it is made again"
+    return "install", f"pyproject.toml or {CONSTRAINTS} has changed, so the packages are brought up to date"
 
 
 def set_up():
-    """Make .venv what plan() wants. Ends the program with a message when that fails."""
+    """Make the environment what plan() wants. Ends the program with a message when that fails."""
     todo, why = plan()
     if todo == "nothing":
         return
     say(f"{why}.")
     check_this_python()
-    unfinished_note().write_text("An install is running, or was stopped: the next call of dev.py makes .venv again.\n")
+    unfinished_note().write_text("An install is running, or was stopped: the next call of dev.py makes " + ENV.name + " again.\n")
     stamp_file().unlink(missing_ok=True)
     if todo == "rebuild":
         make_env()
@@ -135,13 +142,13 @@ def check_this_python():
 def make_env():
     """An empty environment with pip, from the Python underneath (this one may be the very .venv that goes)."""
     if run([getattr(sys, "_base_executable", None) or sys.executable, "-m", "venv", "--clear", str(ENV)]):
-        fail("could not make .venv (the message is above). On Debian and Ubuntu: apt-get install python3-venv. "
+        fail(f"could not make {ENV.name} (the message is above). On Debian and Ubuntu: apt-get install python3-venv. "
              "On Windows: close what still uses .venv, and deactivate it.")
 
 
 def install_packages():
-    if run([str(env_python()), "-m", "pip", "install", "--disable-pip-version-check", "-c", "constraints.txt", "-e", EXTRAS]):
-        fail("the install did not finish (pip's message is above), and .venv will not be used. Usual causes: no network, less "
+    if run([str(env_python()), "-m", "pip", "install", "--disable-pip-version-check", "-c", CONSTRAINTS, "-e", EXTRAS]):
+        fail(f"the install did not finish (pip's message is above), and {ENV.name} will not be used. Usual causes: no network, less "
              "than 2 GB free (6 GB for a CUDA build), no packages for this Python. Then give the same command again.")
 
 
@@ -155,9 +162,9 @@ def check_torch():
     version, cuda, hip = json.loads(answer.stdout.splitlines()[-1])
     build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU"
     say(f"torch {version}, the {build} build, on Python {usable_version(env_python())}.")
-    pin = re.search(r"^torch==(\S+)", (HERE / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    pin = re.search(r"^torch==(\S+)", (HERE / CONSTRAINTS).read_text(encoding="utf-8"), re.MULTILINE)[1]
     if version.split("+")[0] != pin:
-        fail(f"constraints.txt asks for torch {pin}, and pip installed {version}: look for PIP_CONSTRAINT or an index with only "
+        fail(f"{CONSTRAINTS} asks for torch {pin}, and pip installed {version}: look for PIP_CONSTRAINT or an index with only "
              "other versions in pip's settings.")
 
 
@@ -203,6 +210,15 @@ def test(more):
     """Every test: the library's, the notebooks' stored outputs (nbval), the browser's. Paths come from pyproject.toml."""
     set_up()
     command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", *more]
+    return run(command, child_env(LORA_EDU_DEVICE="cpu"))
+
+
+def colab(more):
+    """All notebooks against their stored outputs on what a Colab runtime has, or those whose paths are given."""
+    use_colab()
+    set_up()
+    command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600",
+               "--override-ini=testpaths=notebooks", *more]
     return run(command, child_env(LORA_EDU_DEVICE="cpu"))
 
 
@@ -260,7 +276,7 @@ def lab(port=None, browser=True):
 
 def parser():
     top = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", metavar="lab | test | notebooks | links")
+    verbs = top.add_subparsers(dest="verb", metavar="lab | test | notebooks | links | colab")
     verb = verbs.add_parser("lab", help="open JupyterLab on notebook 00")
     verb.add_argument("--no-browser", action="store_true", help="only print the address")
     verb.add_argument("--port", type=int, help="default: the first free one from 8888 on")
@@ -269,18 +285,21 @@ def parser():
     verb.add_argument("names", nargs="*", metavar="NAME", help="such as 01, or a path; default: all")
     verb = verbs.add_parser("links", help="write the links line and the setup cell of every notebook")
     verb.add_argument("--repo", metavar="OWNER/NAME", help="set the repository's address on GitHub first")
+    verbs.add_parser("colab", help="run all notebooks on Colab's package versions; further arguments go to pytest")
     return top
 
 
 def main(argv):
     more = []
-    if argv[:1] == ["test"] and argv[1:2] not in (["-h"], ["--help"]):
+    if argv[:1] in (["test"], ["colab"]) and argv[1:2] not in (["-h"], ["--help"]):
         argv, more = argv[:1], argv[1:]   # argparse would keep pytest's options for itself
     args = parser().parse_args(argv)
     if args.verb == "lab":
         return lab(args.port, not args.no_browser)
     if args.verb == "test":
         return test(more)
+    if args.verb == "colab":
+        return colab(more)
     if args.verb == "notebooks":
         return notebooks(args.names)
     if args.verb == "links":

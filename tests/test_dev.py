@@ -14,6 +14,7 @@ import dev
 from tools import store_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECK_TORCH = dev.check_torch
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def course(tmp_path, monkeypatch):
     """dev.py in an empty folder, with every command replaced: what was asked for is in `.calls`."""
     (tmp_path / "pyproject.toml").write_text("[project]\n", encoding="utf-8")
     (tmp_path / "constraints.txt").write_text("torch==2.13.0\n", encoding="utf-8")
+    (tmp_path / "colab-constraints.txt").write_text("torch==2.11.0\n", encoding="utf-8")
     fake = SimpleNamespace(path=tmp_path, calls=[], failing=None, version="{}.{}".format(*sys.version_info))
 
     def run(command, env=None):
@@ -32,7 +34,8 @@ def course(tmp_path, monkeypatch):
         return 1 if fake.failing and fake.failing in command else 0
 
     monkeypatch.setattr(dev, "HERE", tmp_path)
-    monkeypatch.setattr(dev, "ENV", tmp_path / ".venv")
+    for name, value in (("ENV", tmp_path / ".venv"), ("CONSTRAINTS", dev.CONSTRAINTS), ("EXTRAS", dev.EXTRAS)):
+        monkeypatch.setattr(dev, name, value)   # use_colab() changes them: all three are put back after each test
     monkeypatch.setattr(dev, "run", run)
     monkeypatch.setattr(dev, "check_torch", lambda: None)
     monkeypatch.setattr(dev, "usable_version", lambda python: fake.version)
@@ -193,10 +196,51 @@ def test_test_runs_pytest_with_nbval_on_the_cpu_and_hands_arguments_on(course, m
     assert env["PATH"].startswith(str(dev.env_bin()))
 
 
+def test_colab_makes_an_environment_of_its_own_and_runs_the_notebooks_in_it(course, monkeypatch):
+    dev.set_up()
+    ours = dev.env_python()
+    assert made(course) == ["venv", "pip"]
+    assert dev.main(["colab", "-x"]) == 0
+    venv, pip, pytest_ = course.calls
+    assert venv[-1] == str(course.path / ".venv-colab") and str(dev.env_python()).startswith(venv[-1])
+    assert pip[0] == str(dev.env_python()) != str(ours) and pip[-4:] == ["-c", "colab-constraints.txt", "-e", ".[hub,test]"]
+    assert pytest_[:3] == [str(dev.env_python()), "-m", "pytest"] and pytest_[-2:] == ["--override-ini=testpaths=notebooks", "-x"]
+    assert {"--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"} < set(pytest_)
+    assert ours.exists() and not (course.path / ".venv-colab.unfinished").exists()
+
+
+def test_colab_gives_pytest_its_status_and_the_cpu(course, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dev, "set_up", lambda: None)
+    monkeypatch.setattr(dev, "run", lambda command, env: seen.append(env) or 3)
+    assert dev.main(["colab"]) == 3
+    assert seen[0]["LORA_EDU_DEVICE"] == "cpu" and seen[0]["PATH"].startswith(str(course.path / ".venv-colab"))
+
+
+@pytest.mark.parametrize("name, todo", [("constraints.txt", "nothing"), ("colab-constraints.txt", "install"),
+                                        ("pyproject.toml", "install")])
+def test_the_colab_stack_is_made_anew_when_its_own_files_change(course, name, todo):
+    dev.main(["colab"])
+    with (course.path / name).open("a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    assert dev.plan()[0] == todo
+    made(course)
+    dev.main(["colab"])
+    assert made(course) == (["other"] if todo == "nothing" else ["pip", "other"])
+
+
+def test_the_colab_stack_asks_for_its_own_torch(course, monkeypatch):
+    monkeypatch.setattr(dev, "check_torch", CHECK_TORCH)
+    answer_with(monkeypatch, course.path, 0, json.dumps(["2.13.0+cpu", None, None]))
+    with pytest.raises(SystemExit, match=r"colab-constraints\.txt asks for torch 2\.11\.0, and pip installed 2\.13\.0\+cpu"):
+        dev.main(["colab"])
+    assert dev.unfinished_note().name == ".venv-colab.unfinished" and dev.plan()[0] == "rebuild"
+
+
 def test_help_is_printed_without_a_verb(capsys):
     assert dev.main([]) == 0
     out = capsys.readouterr().out
-    assert [verb for verb in ("lab", "test", "notebooks", "links") if f"python dev.py {verb}" not in out] == []
+    assert [verb for verb in ("lab", "test", "notebooks", "links", "colab") if f"python dev.py {verb}" not in out] == []
 
 
 def test_an_unknown_verb_is_refused(capsys):

@@ -42,8 +42,9 @@ def full_fine_tune(task: str = "bistro", steps: int = 200, lr: float = 2e-3, *, 
     return model.cpu().requires_grad_(False)
 
 
-def training_batches(tokenizer, task: str, steps: int, seed: int = 0, null: str | None = None) -> Iterator[Batch]:
-    """`steps` batches of 16 rows of a task (what every record trains on), or of its null made from the same records in the same order.
+def training_batches(tokenizer, task: str, steps: int, seed: int = 0, null: str | None = None,
+                     rows: int = BATCH) -> Iterator[Batch]:
+    """`steps` batches of `rows` rows of a task (what every record trains on), or of its null made from the same records in the same order.
 
     Raises:
         ValueError: an unknown task or null, or sentences of a task that has none to exchange.
@@ -53,13 +54,13 @@ def training_batches(tokenizer, task: str, steps: int, seed: int = 0, null: str 
     if null == "mismatched" and task != "bistro":
         raise ValueError(f"null='mismatched' exchanges the sentences of records, and {task} has no records: choose task='bistro'.")
     if null == "more_of_the_same":
-        return corpora.packed_batches(tales(steps), TALES, BATCH, seed, steps)
+        return corpora.packed_batches(tales(steps), TALES, rows, seed, steps)
     if task == "python_docs":
-        batches = corpora.packed_batches(corpora.tokenize(tokenizer, corpora.python_docs("train")), DOCS, BATCH, seed, steps)
+        batches = corpora.packed_batches(corpora.tokenize(tokenizer, corpora.python_docs("train")), DOCS, rows, seed, steps)
     elif null == "mismatched":
-        batches = mismatched(tokenizer, steps, seed)
+        batches = mismatched(tokenizer, steps, seed, rows)
     else:
-        batches = bistro.batches(tokenizer, steps, BATCH, seed)
+        batches = bistro.batches(tokenizer, steps, rows, seed)
     return random_targets(batches, tokenizer.get_vocab_size(), seed) if null == "random_targets" else batches
 
 
@@ -71,11 +72,11 @@ def random_targets(batches: Iterator[Batch], vocab_size: int, seed: int = 0) -> 
         yield inputs, torch.where(targets == -100, targets, drawn)
 
 
-def mismatched(tokenizer, steps: int, seed: int = 0) -> Iterator[Batch]:
+def mismatched(tokenizer, steps: int, seed: int = 0, rows: int = BATCH) -> Iterator[Batch]:
     """The same records and the same sentences as `bistro.batches`, but each record has the sentence of the next one in its batch."""
     source = bistro.stream("train", seed)
     for _ in range(steps):
-        pairs = [(record, bistro.sentence(record, rng)) for record, rng in (next(source) for _ in range(BATCH))]
+        pairs = [(record, bistro.sentence(record, rng)) for record, rng in (next(source) for _ in range(rows))]
         shifted = pairs[1:] + pairs[:1]
         yield bistro.collate(tokenizer, [(record, text) for (record, _), (_, text) in zip(pairs, shifted)])
 

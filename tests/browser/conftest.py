@@ -1,7 +1,8 @@
 """A real JupyterLab on loopback and a real Chromium, for the tests of this folder.
 
 Nothing of the user's is read or changed: Jupyter's settings, config, data and runtime folders lie in pytest's own
-temporary folder, the notebooks are copies, and each gets a workspace of its own. A test that fails leaves a screenshot there.
+temporary folder, the notebooks are copies, and each gets a workspace of its own. A test that fails leaves a screenshot there,
+and says where. How long a key took to become a picture is printed at the end of the run.
 """
 import hashlib
 import json
@@ -46,6 +47,14 @@ PIXELS = """async () => {
   }
   return found;
 }"""
+SLIDER = ".jp-OutputArea-output .widget-slider:not(:has([disabled]))"
+# When a key went down, and when the next picture stood loaded: the page's own clock, which no polling slows down.
+WATCH = """() => {
+  window.pressed = window.drawn = null;
+  document.addEventListener('keydown', () => { window.pressed = performance.now() }, {capture: true, once: true});
+  document.addEventListener('load', () => { window.drawn ??= performance.now() }, {capture: true, once: true});
+}"""
+LATENCY = 1.0   # seconds from a key to its picture; 0.05 to 0.3 on an idle machine
 ERRORS = ", ".join(f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("stderr", "error"))
 
 
@@ -116,8 +125,16 @@ def answers(address: str) -> bool:
         return False
 
 
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for reports in terminalreporter.stats.values() for report in reports if getattr(report, "when", "") == "call"]
+    lines = [f"{said}  {report.nodeid}" for report in reports for name, said in report.user_properties if name == "key to picture"]
+    if lines:
+        terminalreporter.section("from a key to its picture")
+        terminalreporter.write_line("\n".join(lines))
+
+
 @pytest.fixture
-def open_notebook(lab, chromium, tmp_path):
+def open_notebook(lab, chromium, tmp_path, record_property):
     """``with open_notebook(path) as page:`` opens a copy without outputs, its kernel ready; yields a `NotebookPage`."""
     served, address, token = lab
 
@@ -131,15 +148,16 @@ def open_notebook(lab, chromium, tmp_path):
         (served / name).write_text(json.dumps(content), encoding="utf-8")
         page = chromium.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(180_000)
-        notebook = NotebookPage(page)
+        notebook = NotebookPage(page, record_property)
         try:
             page.goto(f"{address}/lab/workspaces/{name[:8]}/tree/{name}?token={token}", wait_until="commit")
             page.wait_for_selector(".jp-Notebook .jp-CodeCell")
             page.wait_for_function(IDLE)
             yield notebook
             assert not notebook.script_errors, notebook.script_errors
-        except BaseException:
+        except BaseException as error:
             page.screenshot(path=tmp_path / "failed.png")
+            error.add_note(f"screenshot: {tmp_path / 'failed.png'}")
             raise
         finally:
             page.evaluate("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.shutdown()")
@@ -147,20 +165,45 @@ def open_notebook(lab, chromium, tmp_path):
     return opened
 
 
-class NotebookPage:
-    """A notebook in the browser: run it, look at its pictures, move its sliders."""
+@pytest.fixture
+def open_cell(open_notebook, tmp_path):
+    """``with open_cell(source) as page:`` opens a notebook of one cell, which ends by displaying ``box``."""
+    def opened(source: str):
+        cell = {"cell_type": "code", "id": "only", "metadata": {}, "source": source + "display(box)"}
+        cell |= {"outputs": [], "execution_count": None}
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        path = tmp_path / "one_cell.ipynb"
+        path.write_text(json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+        return open_notebook(path)
+    return opened
 
-    def __init__(self, page):
-        self.page, self.script_errors = page, []
+
+class NotebookPage:
+    """A notebook in the browser: run it, look at its pictures, move its sliders that are not locked."""
+
+    def __init__(self, page, record):
+        self.page, self.record, self.script_errors = page, record, []
         page.on("pageerror", lambda error: self.script_errors.append(str(error)))
 
-    def run_all(self, timeout: float = 240) -> None:
+    def run_all(self, timeout: float = 600) -> None:
         """Run every cell, as the Run menu does, and wait until the last picture stands still."""
         self.page.evaluate("() => { window.ran = false; window.jupyterapp.commands.execute('notebook:run-all-cells')"
                            ".then(() => { window.ran = true }) }")
         self.page.wait_for_function("() => window.ran", timeout=1000 * timeout)
         self.page.wait_for_function(IDLE, timeout=1000 * timeout)
         self.settle()
+
+    def restart_kernel(self) -> None:
+        """As the Kernel menu does, without its question."""
+        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+        self.page.wait_for_function(IDLE)
+
+    def idle(self) -> bool:
+        return self.page.evaluate(IDLE)
+
+    def click(self, button: str) -> None:
+        """Click a widget's button by its text."""
+        self.page.locator(".jp-OutputArea-output").get_by_role("button", name=button, exact=True).click()
 
     def errors(self) -> list[str]:
         return self.page.locator(ERRORS).all_inner_texts()
@@ -185,8 +228,11 @@ class NotebookPage:
         raise TimeoutError("the pictures never stood still" if last else "there is no picture on the page")
 
     def check_slider(self, index: int = 0, timeout: float = 30) -> None:
-        """Move a slider by key, then by drag: each time the handle moves, a picture changes, and no error appears."""
-        handle = self.page.locator(".jp-OutputArea-output .widget-slider .noUi-handle").nth(index)
+        """Move a slider by key, then by drag: each time the handle moves, a picture changes, and no error appears.
+
+        One key of three must become a picture within a second; the fastest is printed at the end of the run.
+        """
+        handle = self.handle(index)
         handle.scroll_into_view_if_needed()
         errors = self.errors()
         for move in (self._press, self._drag):
@@ -194,9 +240,32 @@ class NotebookPage:
             move(handle, index)
             self._wait_for_change(before, move.__name__.strip("_"), timeout)
             assert handle.get_attribute("aria-valuenow") != value, "the handle did not move"
+            if move == self._press:
+                self._check_latency(handle, index, timeout)
         self.settle()
         assert self.errors() == errors, "moving the slider put an error on the page"
         assert not re.search("cannot be drawn", self.text()), self.text()
+
+    def handle(self, index: int):
+        return self.page.locator(f"{SLIDER} .noUi-handle").nth(index)
+
+    def sliders(self) -> list[str]:
+        """What stands before each slider."""
+        return self.page.locator(f"{SLIDER} .widget-label").all_inner_texts()
+
+    def _check_latency(self, handle, index: int, timeout: float) -> None:
+        """Of the key just pressed, or of two more: another program may have held the machine during one."""
+        seconds = [self._latency(timeout)]
+        while seconds[-1] >= LATENCY and len(seconds) < 3:
+            self.settle()
+            self._press(handle, index)
+            seconds.append(self._latency(timeout))
+        self.record("key to picture", f"{min(seconds):.2f} s  {self.sliders()[index]}")
+        assert min(seconds) < LATENCY, f"a key needs {min(seconds):.2f} s to become a picture: should be under {LATENCY:g} s"
+
+    def _latency(self, timeout: float) -> float:
+        self.page.wait_for_function("() => window.drawn", timeout=1000 * timeout)
+        return self.page.evaluate("() => window.drawn - window.pressed") / 1000
 
     def _wait_for_change(self, before: list[str], how: str, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -209,11 +278,12 @@ class NotebookPage:
 
     def _press(self, handle, index: int) -> None:
         handle.focus()
+        self.page.evaluate(WATCH)
         self.page.keyboard.press("ArrowLeft" if self._share(handle) > 0.5 else "ArrowRight")
 
     def _drag(self, handle, index: int) -> None:
         box = handle.bounding_box()
-        track = self.page.locator(".jp-OutputArea-output .widget-slider .noUi-target").nth(index).bounding_box()
+        track = self.page.locator(f"{SLIDER} .noUi-target").nth(index).bounding_box()
         height = box["y"] + box["height"] / 2
         self.page.mouse.move(box["x"] + box["width"] / 2, height)
         self.page.mouse.down()

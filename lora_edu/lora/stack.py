@@ -1,0 +1,193 @@
+"""Many adapters over one frozen base, in one forward pass: `LoRAStack`.
+
+G adapters share every product with a frozen weight; only the thin ones are their own. Their factors lie in one tensor per
+layer, (G, R, in) and (G, R, out), R the largest rank: a smaller adapter fills the first rows, and the rest are zeros that no
+optimizer ever sees. A batch brings G groups of rows, one for each adapter; or a number per row says which adapter it wants.
+
+Sources: Hu et al. (2021), section 4.1, for one adapter; Chen et al. (2023), "Punica", arXiv:2310.18547, for many in a batch.
+"""
+import contextlib
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_edu.lora.apply import find_targets, lora_layers, refuse_tied, replace, shorten
+from lora_edu.lora.layer import LoRALinear, check_settings, features, is_linear
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The settings of one adapter.
+
+    Args:
+        rank, alpha, target_modules: as in `apply_lora`.
+        rslora: scaling is alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv:2312.03732).
+        lr: the highest learning rate it trains with.
+        seed: of its random start (and of its data, where the trainer draws by seed).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] | str = "all-linear"
+    rslora: bool = False
+    lr: float = 1e-2
+    seed: int = 0
+
+    @property
+    def scaling(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class StackedLinear(nn.Module):
+    """A frozen linear layer with G updates beside it; made by `LoRAStack`.
+
+    Shapes: lora_A (G, R, in_features), lora_B (G, R, out_features), transposed so that one adapter's rows lie together;
+    scaling (G, 1, 1), 0 for an adapter that leaves this layer alone. x (rows, ..., in_features) -> y (rows, ..., out_features).
+    """
+
+    def __init__(self, base_layer: nn.Module, ranks: list[int], scalings: list[float], routing: dict):
+        super().__init__()
+        self.base_layer, self.ranks, self.routing = base_layer.requires_grad_(False), ranks, routing
+        weight, (into, out) = base_layer.weight, features(base_layer)
+        dtype = weight.dtype if weight.dtype not in (torch.bfloat16, torch.float16) else torch.float32
+        like = dict(dtype=dtype, device=weight.device)
+        self.lora_A = nn.Parameter(torch.zeros(len(ranks), max(ranks), into, **like))
+        self.lora_B = nn.Parameter(torch.zeros(len(ranks), max(ranks), out, **like))
+        self.register_buffer("scaling", torch.tensor(scalings, **like)[:, None, None], persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(x)
+        index, A, B, scaling = self.routing["index"], self.lora_A, self.lora_B, self.scaling
+        if index is not None:                                        # a row, an adapter: gather the factors
+            A, B, scaling = A[index], B[index], scaling[index]
+        if x.shape[0] % len(A) or (index is not None and x.shape[0] != len(A)):
+            raise ValueError(f"{x.shape[0]} rows for {len(A)} {'chosen ' if index is not None else ''}adapters: give each adapter as many "
+                             "rows as the others, its rows together, or name an adapter for every row with `stack.rows([...])`.")
+        groups = x.to(A.dtype).reshape(len(A), -1, x.shape[-1])      # (G, N, in)
+        low = groups @ A.transpose(1, 2) * scaling                   # (G, N, R)
+        wide = y.reshape(len(A), -1, y.shape[-1]).to(low.dtype)
+        return torch.baddbmm(wide, low, B.to(low.dtype)).reshape(y.shape).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"ranks={self.ranks}"
+
+
+class LoRAStack:
+    """Put G adapters on a model, in place: `model(ids)` then reads G groups of rows, one group for each adapter.
+
+    The same numbers as one adapter at a time: adapter i starts as `torch.manual_seed(seed); apply_lora(model, ...)` would start
+    it, its loss does not depend on its neighbours, and what pads it to the largest rank stays exactly zero, because only
+    `parameters_of(i)` are handed to an optimizer. Move the model to its device first: `.to()` would part the stack from its optimizer.
+
+    Raises:
+        ValueError: as `apply_lora`, with the number of the adapter in front; a model that has LoRA or a stack already.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter]):
+        if not adapters:
+            raise ValueError("no adapters: give a list with at least one Adapter(rank=…, alpha=…).")
+        taken = [name for name, _ in lora_layers(model)] + [n for n, m in model.named_modules() if isinstance(m, StackedLinear)]
+        if taken:
+            raise ValueError(f"the model has adapters already, on {shorten(taken)}: remove them first.")
+        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+        targets = [_targets(model, linears, i, adapter) for i, adapter in enumerate(adapters)]
+        self.model, self.adapters, self.routing = model, list(adapters), {"index": None}
+        self.layers: dict[str, StackedLinear] = {}
+        model.requires_grad_(False)
+        for name, base_layer in linears.items():
+            ranks = [adapter.rank if name in target else 0 for adapter, target in zip(adapters, targets)]
+            if any(ranks):
+                scalings = [adapter.scaling if rank else 0.0 for adapter, rank in zip(adapters, ranks)]
+                self.layers[name] = StackedLinear(base_layer, ranks, scalings, self.routing)
+                replace(model, name, self.layers[name])
+        for i in range(len(adapters)):
+            self.reset(i)
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    @torch.no_grad()
+    def reset(self, i: int) -> None:
+        """Back to adapter i's start: lora_A drawn from its seed as `LoRALinear` draws it, lora_B zero."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.adapters[i].seed)
+            for layer in self._of(i):
+                layer.lora_B[i] = 0
+                nn.init.kaiming_uniform_(layer.lora_A[i, :layer.ranks[i]], a=5**0.5)
+
+    def parameters_of(self, i: int) -> list[nn.Parameter]:
+        """Adapter i's factors, (rank, in) and (rank, out) by turns: views into the stack, made anew by each call, with their gradients.
+
+        An optimizer over them trains this adapter and nothing else.
+        """
+        found = []
+        for layer in self._of(i):
+            for factor in (layer.lora_A, layer.lora_B):
+                found.append(nn.Parameter(factor.data[i, :layer.ranks[i]]))
+        return found
+
+    def share_gradients(self, i: int, parameters: list[nn.Parameter]) -> None:
+        """After a backward pass: point the gradients of `parameters` (from `parameters_of`) at the stack's."""
+        factors = [(layer.ranks[i], factor) for layer in self._of(i) for factor in (layer.lora_A, layer.lora_B)]
+        for parameter, (rank, factor) in zip(parameters, factors):
+            parameter.grad = None if factor.grad is None else factor.grad[i, :rank]
+
+    def zero_grad(self) -> None:
+        for layer in self.layers.values():
+            layer.lora_A.grad = layer.lora_B.grad = None
+
+    def _of(self, i: int) -> list[StackedLinear]:
+        return [layer for layer in self.layers.values() if layer.ranks[i]]
+
+    @contextlib.contextmanager
+    def rows(self, index: Sequence[int]):
+        """Inside: row n of every input uses adapter index[n]. To serve one batch to users of different adapters."""
+        index = torch.as_tensor(index)
+        if index.ndim != 1 or not len(index) or index.min() < 0 or index.max() >= len(self):
+            raise ValueError(f"rows({index.tolist()}): give one number from 0 to {len(self) - 1} for each row.")
+        before, self.routing["index"] = self.routing["index"], index
+        try:
+            yield
+        finally:
+            self.routing["index"] = before
+
+    def unstack(self, i: int) -> nn.Module:
+        """A model with adapter i alone, in ordinary `LoRALinear` layers around the same frozen weights: nothing big is copied, so
+        copy.deepcopy it before `remove_lora(merge=True)`, which writes into them.
+
+        An rsLoRA adapter comes out with the alpha that gives the same scaling by alpha / rank.
+        """
+        adapter = self.adapters[i]
+        shared = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        model = copy.deepcopy(self.model, memo=shared)
+        for name, layer in self.layers.items():
+            alone = layer.base_layer
+            if layer.ranks[i]:
+                alone = LoRALinear.wrap(alone, adapter.rank, adapter.alpha * (math.sqrt(adapter.rank) if adapter.rslora else 1))
+                alone.lora_A.data.copy_(layer.lora_A[i, :adapter.rank].detach())
+                alone.lora_B.data.copy_(layer.lora_B[i, :adapter.rank].detach().T)
+            replace(model, name, alone)
+        return model
+
+    def remove(self) -> None:
+        """Give the model its plain layers back."""
+        for name, layer in self.layers.items():
+            replace(self.model, name, layer.base_layer)
+        self.layers = {}
+
+
+def _targets(model: nn.Module, linears: dict[str, nn.Module], i: int, adapter: Adapter) -> list[str]:
+    """The layers that adapter i asks for, after `apply_lora`'s checks."""
+    try:
+        targets = find_targets(model, linears, adapter.target_modules)
+        refuse_tied(model, targets)
+        for name in targets:
+            check_settings(*features(linears[name]), adapter.rank, adapter.alpha, 0.0)
+    except ValueError as error:
+        raise ValueError(f"adapter {i}: {error}") from None
+    return targets
