@@ -1,4 +1,4 @@
-"""The long experiments, one command each: python -m lora_edu.record NAME [--tales FILE] [--pair FOLDER]
+"""The long experiments, one command each: python -m lora_edu.record NAME [--tales FILE] [--pair FOLDER] [--scratch FOLDER]
 
     bistro_adapter    the adapter that notebook 00 opens with, into models/fable/bistro_lora
     lora_beside_full  LoRA and full fine-tuning on bistro and python_docs: records/lora_beside_full.json
@@ -6,6 +6,9 @@
     placements        the same number of trainable numbers in different matrices: records/placements.json
     spectra           full fine-tunings cut to every rank, and their nulls: records/spectra.json (record_spectra.py)
     published_pair    spectra of a published fine-tune, from --pair FOLDER: records/published_pair.json
+    rank_alpha        rank x learning rate x alpha rule x task: records/rank_alpha.json (this one and the next two: record_rank.py)
+    rank_seeds        the best rate of each rank with more seeds, and more steps: records/rank_seeds.json (after rank_alpha)
+    planted_rank      students of teachers whose rank is known: records/planted_rank.json
 
 A record is small JSON with its settings, seeds, device, versions and date; notebooks show it and re-measure a slice.
 Rules (the same for every method): the learning rate is chosen on the validation split, from a grid of factor 2 that is
@@ -228,16 +231,22 @@ EXPERIMENTS = {"bistro_adapter": bistro_adapter, "lora_beside_full": lora_beside
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lora_edu.record", description="Make one of the course's records again.")
-    from lora_edu import record_spectra      # here, because it builds on this module
-    parser.add_argument("name", choices=[*EXPERIMENTS, "spectra", "published_pair"])
+    from lora_edu import record_rank, record_spectra      # here, because they build on this module
+    parser.add_argument("name", choices=[*EXPERIMENTS, "spectra", "published_pair", "rank_alpha", "rank_seeds", "planted_rank"])
     parser.add_argument("--tales", metavar="FILE", help="a held-out text of tales, to measure forgetting on as well")
     parser.add_argument("--pair", metavar="FOLDER", help="published_pair: where base.safetensors and ft_*.safetensors are")
+    parser.add_argument("--scratch", metavar="FOLDER", help="rank_alpha, rank_seeds: keep finished runs here, and go on from them")
     args = parser.parse_args()
+    if args.scratch:
+        Path(args.scratch).mkdir(parents=True, exist_ok=True)
     began = time.time()
     if args.name in EXPERIMENTS:
         content = EXPERIMENTS[args.name](args.tales)
+    elif args.name in ("rank_alpha", "rank_seeds"):
+        content = getattr(record_rank, args.name)(scratch=args.scratch)
     else:
-        content = record_spectra.spectra() if args.name == "spectra" else record_spectra.published_pair(args.pair)
+        content = {"spectra": record_spectra.spectra, "planted_rank": record_rank.planted_rank,
+                   "published_pair": lambda: record_spectra.published_pair(args.pair)}[args.name]()
     store_record(args.name, content, began, options=" --pair FOLDER" if args.pair else "")
     print(f"stored {args.name} after {(time.time() - began) / 60:.1f} minutes")
 

@@ -37,6 +37,10 @@ class Adapter:
     lr: float = 1e-2
     seed: int = 0
 
+    def __post_init__(self):
+        if not isinstance(self.target_modules, str):       # a list becomes a tuple, so that adapters can be keys
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
     @property
     def scaling(self) -> float:
         """What the product B A is multiplied by."""
@@ -89,13 +93,8 @@ class LoRAStack:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter]):
-        if not adapters:
-            raise ValueError("no adapters: give a list with at least one Adapter(rank=…, alpha=…).")
-        taken = [name for name, _ in lora_layers(model)] + [n for n, m in model.named_modules() if isinstance(m, StackedLinear)]
-        if taken:
-            raise ValueError(f"the model has adapters already, on {shorten(taken)}: remove them first.")
+        targets = targets_of(model, adapters)
         linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-        targets = [_targets(model, linears, i, adapter) for i, adapter in enumerate(adapters)]
         self.model, self.adapters, self.routing = model, list(adapters), {"index": None}
         self.layers: dict[str, StackedLinear] = {}
         model.requires_grad_(False)
@@ -148,7 +147,8 @@ class LoRAStack:
     def rows(self, index: Sequence[int]):
         """Inside: row n of every input uses adapter index[n]. To serve one batch to users of different adapters."""
         index = torch.as_tensor(index)
-        if index.ndim != 1 or not len(index) or index.min() < 0 or index.max() >= len(self):
+        whole = index.dtype in (torch.int32, torch.int64)        # True and False would be a mask
+        if index.ndim != 1 or not len(index) or not whole or not 0 <= index.min() <= index.max() < len(self):
             raise ValueError(f"rows({index.tolist()}): give one number from 0 to {len(self) - 1} for each row.")
         before, self.routing["index"] = self.routing["index"], index
         try:
@@ -158,15 +158,15 @@ class LoRAStack:
 
     def unstack(self, i: int) -> nn.Module:
         """A model with adapter i alone, in ordinary `LoRALinear` layers around the same frozen weights: nothing big is copied, so
-        copy.deepcopy it before `remove_lora(merge=True)`, which writes into them.
+        copy.deepcopy it before `remove_lora(merge=True)`, which writes into them. Moved to another device, it leaves the stack where it is.
 
         An rsLoRA adapter comes out with the alpha that gives the same scaling by alpha / rank.
         """
         adapter = self.adapters[i]
-        shared = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
-        model = copy.deepcopy(self.model, memo=shared)
+        shared = {id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in self.model.parameters()}
+        model = copy.deepcopy(self.model, memo=shared | {id(buffer): buffer for buffer in self.model.buffers()})
         for name, layer in self.layers.items():
-            alone = layer.base_layer
+            alone = model.get_submodule(name).base_layer
             if layer.ranks[i]:
                 alone = LoRALinear.wrap(alone, adapter.rank, adapter.alpha * (math.sqrt(adapter.rank) if adapter.rslora else 1))
                 alone.lora_A.data.copy_(layer.lora_A[i, :adapter.rank].detach())
@@ -181,9 +181,24 @@ class LoRAStack:
         self.layers = {}
 
 
+def targets_of(model: nn.Module, adapters: Sequence[Adapter]) -> list[list[str]]:
+    """Names of the layers that each adapter asks for; all of `LoRAStack`'s checks are made here, and raise as it says."""
+    if not adapters:
+        raise ValueError("no adapters: give a list with at least one Adapter(rank=…, alpha=…).")
+    taken = [name for name, _ in lora_layers(model)] + [n for n, m in model.named_modules() if isinstance(m, StackedLinear)]
+    if taken:
+        raise ValueError(f"the model has adapters already, on {shorten(taken)}: remove them first.")
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if "" in linears:
+        raise ValueError("the model is itself one linear layer: put it into an nn.Sequential, there is no parent to replace it in.")
+    return [_targets(model, linears, i, adapter) for i, adapter in enumerate(adapters)]
+
+
 def _targets(model: nn.Module, linears: dict[str, nn.Module], i: int, adapter: Adapter) -> list[str]:
     """The layers that adapter i asks for, after `apply_lora`'s checks."""
     try:
+        if not math.isfinite(adapter.lr):
+            raise ValueError(f"lr={adapter.lr} is not finite: choose a number such as 0.01.")
         targets = find_targets(model, linears, adapter.target_modules)
         refuse_tied(model, targets)
         for name in targets:

@@ -52,7 +52,7 @@ def divergences(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tens
     """
     ids, wanted = batch
     each = F.kl_div(F.log_softmax(model(ids), -1), wanted, reduction="none", log_target=True).sum(-1)
-    return each.view(groups, -1).sum(1), torch.full((groups,), each.numel() // groups)
+    return each.view(groups, -1).sum(1), torch.full((groups,), each.numel() // groups, device=each.device)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from lora_edu.files import write_whole
 from lora_edu.lora.report import html_table, text_table
-from lora_edu.lora.stack import Adapter, LoRAStack
+from lora_edu.lora.stack import Adapter, LoRAStack, targets_of
 from lora_edu.training.loop import Batch, warmup_linear
 
 
@@ -46,7 +46,13 @@ def group_losses(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Ten
 
 
 def side_by_side(batches: list[Batch]) -> Batch:
-    """One batch of groups; shorter rows are padded on the right with a token that no loss counts and no earlier one sees."""
+    """One batch of groups; shorter rows are padded on the right with a token that no loss counts and no earlier one sees.
+
+    Raises ValueError if one batch has more rows than another: the groups of a stack are of one size.
+    """
+    counts = sorted({len(inputs) for inputs, _ in batches})
+    if len(counts) > 1:
+        raise ValueError(f"batches of {' and '.join(map(str, counts))} rows side by side: give every adapter as many rows as the others.")
     width = max(inputs.shape[1] for inputs, _ in batches)
     padded = [(F.pad(inputs, (0, width - inputs.shape[1])), F.pad(targets, (0, width - targets.shape[1]), value=-100))
               for inputs, targets in batches]
@@ -104,17 +110,22 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *, sched
 
 
 def evaluate_stack(stack: LoRAStack, batches: Iterable[Batch]) -> list[float]:
-    """Mean loss in nats per token of every adapter on the same batches, in eval mode; the model's mode is put back."""
+    """Mean loss in nats per token of every adapter on the same batches, in eval mode; the model's mode is put back.
+
+    Raises ValueError if there is no token that counts.
+    """
     was_training = stack.model.training
     stack.model.eval()
-    total = count = 0
+    total = count = torch.zeros(len(stack))
     try:
         with torch.no_grad():
             for inputs, targets in ((i, t) for batch in batches for i, t in zip(*(part.split(ROWS) for part in batch))):
                 sums, counts = group_losses(stack.model, (inputs.repeat(len(stack), 1), targets.repeat(len(stack), 1)), len(stack))
-                total, count = total + sums.double(), count + counts
+                total, count = total.to(sums.device) + sums.double(), count.to(counts.device) + counts
     finally:
         stack.model.train(was_training)
+    if not count.all():
+        raise ValueError("no held-out token counts: give at least one batch whose targets are not all -100.")
     return (total / count).tolist()
 
 
@@ -145,7 +156,8 @@ class SweepTable(list):
 
     def save(self, path: str | Path) -> None:
         """As JSON, written whole or not at all."""
-        write_whole(Path(path), lambda part: part.write_text(json.dumps(list(self), indent=1) + "\n", encoding="utf-8"))
+        text = json.dumps(list(self), indent=1, allow_nan=False) + "\n"
+        write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def sweep(model: nn.Module, grid: Iterable[Adapter], batches: Callable[[int], Iterator[Batch]], steps: int, heldout: list[Batch], *,
@@ -154,8 +166,9 @@ def sweep(model: nn.Module, grid: Iterable[Adapter], batches: Callable[[int], It
           schedule: Callable[[int, int], float] = warmup_linear(), autocast: torch.dtype | None = None) -> SweepTable:
     """Train every adapter of a grid on one base, many at a time, and measure each on the same held-out batches.
 
-    The model is as before at the end. The stop button (KeyboardInterrupt) ends the sweep: the runs of finished chunks are returned,
-    and with `out` they are on disk, so that the same call goes on from there; a run inside a chunk starts again.
+    The model is plain again at the end, its weights as before and frozen. The stop button (KeyboardInterrupt) ends the sweep: the
+    runs of finished chunks are returned, and with `out` they are on disk, so that the same call goes on from there; a run inside a
+    chunk starts again.
 
     Args:
         batches: ``batches(seed)`` gives the training batches for an adapter's seed, as many rows each.
@@ -164,19 +177,27 @@ def sweep(model: nn.Module, grid: Iterable[Adapter], batches: Callable[[int], It
             measured on one adapter; the grid is cut into chunks that fit.
         out: a JSON file that finished chunks are written to and read back from.
         watch: called after each step with the grid's numbers of the runs in the chunk and their `StackStep`.
-        score: called with each trained model; the dict it returns joins the run's row.
+        score: called with each trained model; the dict it returns joins the run's row (a number that is not finite as None).
 
     Raises:
-        ValueError: one adapter alone needs more than `memory`; `out` holds another sweep; an adapter that does not fit the model.
+        ValueError: an empty grid, no steps or no held-out tokens; an adapter that does not fit the model, or alone needs more than
+            `memory`; `out` holds another sweep, or no sweep. All before any training. And batches that end early.
     """
-    grid = list(grid)
+    grid, heldout = list(grid), list(heldout)
+    targets_of(model, grid)
+    tokens = sum((targets != -100).sum().item() for _, targets in heldout)
+    if steps < 1 or not tokens:
+        raise ValueError(f"steps={steps} and {tokens} held-out tokens that count: a sweep needs at least one of each.")
     rows = _read_finished(out, grid, steps)
     open_runs = sorted((i for i in range(len(grid)) if i not in rows), key=lambda i: grid[i].rank)   # like ranks together: little padding
+    chunks = []
+    while open_runs:
+        fit = _fitting(model, [grid[i] for i in open_runs], batches, memory, autocast)
+        chunks.append(open_runs[:fit])
+        open_runs = open_runs[fit:]
     with tqdm(total=len(grid) * steps, initial=len(rows) * steps, unit="run-step", leave=False) as bar:
         try:
-            while open_runs:
-                chunk = _fitting(model, [grid[i] for i in open_runs], batches, memory, autocast)
-                chunk, open_runs = open_runs[:chunk], open_runs[chunk:]
+            for chunk in chunks:
                 rows |= zip(chunk, _train_chunk(model, chunk, grid, batches, steps, heldout, every, bar, watch, score, schedule, autocast))
                 if out is not None:
                     SweepTable(rows[i] for i in sorted(rows)).save(out)
@@ -189,7 +210,7 @@ def _train_chunk(model, chunk, grid, batches, steps, heldout, every, bar, watch,
     stack = LoRAStack(model, [grid[i] for i in chunk])
     try:
         losses, measured = [], []
-        sources = {seed: batches(seed) for seed in sorted({grid[i].seed for i in chunk})}
+        sources = {seed: iter(batches(seed)) for seed in sorted({grid[i].seed for i in chunk})}
         for step in train_stack(stack, _rows_for(stack, sources), steps, schedule=schedule, autocast=autocast):
             losses.append(step.losses)
             if step.step == steps or (every and step.step % every == 0):
@@ -215,30 +236,40 @@ def _rows_for(stack: LoRAStack, sources: dict[int, Iterator[Batch]]) -> Iterator
 
 def _row(stack: LoRAStack, k: int, losses: list[float], heldout: list, steps: int, score) -> dict:
     adapter = stack.adapters[k]
-    diverged = next((step for step, loss in enumerate(losses, 1) if math.isnan(loss)), None)
+    diverged = min([step for step, loss in [*enumerate(losses, 1), *heldout] if not math.isfinite(loss)], default=None)
     row = asdict(adapter) | {"steps": steps, "scaling": adapter.scaling, "trainable": sum(p.numel() for p in stack.parameters_of(k)),
                              "losses": losses[:diverged - 1] if diverged else losses,
                              "heldout": [pair for pair in heldout if not diverged or pair[0] < diverged], "diverged": diverged}
-    return row | (score(stack.unstack(k)) if score and not diverged else {})
+    scored = score(stack.unstack(k)) if score and not diverged else {}
+    return row | {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in scored.items()}
 
 
 def _read_finished(out, grid: list[Adapter], steps: int) -> dict[int, dict]:
-    """The finished runs of an earlier call, by their number in the grid."""
-    if out is None or not Path(out).exists():
+    """The finished runs of an earlier call, by their number in the grid; equal adapters share one."""
+    if out is None:
+        return {}
+    Path(out).parent.mkdir(parents=True, exist_ok=True)      # now, and not after the first chunk
+    if not Path(out).exists():
         return {}
     found = {}
     wanted = [json.loads(json.dumps(asdict(adapter) | {"steps": steps})) for adapter in grid]
-    for run in json.loads(Path(out).read_text(encoding="utf-8")):
-        settings = {key: run[key] for key in wanted[0]}
+    try:
+        runs = [(run, {key: run[key] for key in wanted[0]}) for run in json.loads(Path(out).read_text(encoding="utf-8"))]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} is not the JSON of a sweep: choose another file, or move this one away.") from None
+    for run, settings in runs:
         if settings not in wanted:
             raise ValueError(f"{out} holds a run of another sweep, {settings}: choose another file, or move this one away.")
-        found[wanted.index(settings)] = run
+        found |= {i: run | asdict(adapter) for i, adapter in enumerate(grid) if wanted[i] == settings}      # tuples were lists in JSON
     return found
 
 
 def _fitting(model: nn.Module, adapters: list[Adapter], batches, memory: float, autocast) -> int:
     """How many of these adapters, in their order (ranks rise), to train together: as many as fit the memory and are worth their padding."""
-    widest = max(itertools.islice(batches(adapters[0].seed), 4), key=lambda batch: batch[0].shape[1])
+    first = list(itertools.islice(batches(adapters[0].seed), 4))
+    if not first:
+        raise ValueError(f"batches({adapters[0].seed}) gives no batch: let it give one for every step.")
+    widest = max(first, key=lambda batch: batch[0].shape[1])
     on_cpu, fit, need, known = next(model.parameters()).device.type == "cpu", 0, 0.0, {}
     for adapter in adapters[:CPU if on_cpu else OTHERS]:
         if fit and on_cpu and adapter.rank > max(8, 2 * adapters[0].rank):
