@@ -7,14 +7,17 @@ from importlib import import_module
 from lora_edu.lora.apply import apply_lora, lora_parameters, lora_state_dict, merge_lora, remove_lora, unmerge_lora
 from lora_edu.lora.extract import deltas, extract_lora
 from lora_edu.lora.layer import LoRALinear
+from lora_edu.lora.stack import Adapter, LoRAStack
 from lora_edu.measure.spectra import spectrum, truncate
 from lora_edu.models.llama import Llama
 from lora_edu.models.pretrained import best_device, load_pretrained
 from lora_edu.training.loop import evaluate, train
+from lora_edu.training.sweep import sweep
 
 __version__ = "0.1.0"
-__all__ = ["Llama", "LoRALinear", "apply_lora", "best_device", "claim", "deltas", "evaluate", "extract_lora", "guess", "load_pretrained",
-           "lora_parameters", "lora_state_dict", "merge_lora", "remove_lora", "spectrum", "train", "truncate", "unmerge_lora"]
+__all__ = ["Adapter", "Llama", "LoRALinear", "LoRAStack", "apply_lora", "best_device", "claim", "deltas", "evaluate", "extract_lora",
+           "guess", "load_pretrained", "lora_parameters", "lora_state_dict", "merge_lora", "remove_lora", "spectrum", "sweep", "train",
+           "truncate", "unmerge_lora"]
 LAZY = {"claim": "lora_edu.page.claims", "guess": "lora_edu.page.guess"}
 
 

@@ -18,10 +18,13 @@ PLANTED = {"matrix": "model.layers.1.mlp.down_proj", "planted": (1, 2), "ranks":
 
 
 def tiny():
-    """fable's vocabulary and context, and little else."""
+    """fable's vocabulary and context, and little else; its last MLP is loud, so that a change in it is heard."""
     torch.manual_seed(0)
-    return llama.Llama(llama.LlamaConfig(vocab_size=2048, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    model = llama.Llama(llama.LlamaConfig(vocab_size=2048, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                                          num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)).eval()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        model.get_submodule(f"model.layers.1.mlp.{name}").weight.data *= 15
+    return model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +78,7 @@ def test_a_cell_is_what_the_explorer_reads(made):
         assert ("slots" in cell) == (cell["task"] == "bistro")
         assert [step for step, _, _ in cell["path"]] == ([2, 3] if cell["task"] == "bistro" else [1, 2])
         assert cell["path"][-1][2] == cell["valid"] and all(0 < train < 20 for _, train, _ in cell["path"])
-    assert len({c["valid"] for c in made["grid"] if c["lr"] == 0.05}) > 8        # they are different runs
+    assert len({c["valid"] for c in made["grid"] if c["lr"] == 0.05}) >= 8        # they are different runs
 
 
 def test_at_rank_8_two_rules_are_one_run(made):
@@ -134,7 +137,7 @@ def test_a_planted_rank():
     assert [(s["planted"], s["rank"]) for s in found["students"]] == list(itertools.product((1, 2), (1, 2, 3)))
     for student in found["students"]:
         assert student["tuning"].keys() == {0.02, 0.04} and student["lr"] == min(student["tuning"], key=student["tuning"].get)
-        assert len(student["divergence"]) == 2 and all(d >= 0 for d in student["divergence"])
+        assert len(student["divergence"]) == 2 and all(d > 0 for d in student["divergence"])
     assert found["untrained"].keys() == {1, 2} and found["settings"]["seeds"] == [1, 2] and found["settings"]["planted"] == (1, 2)
     json.dumps(found, allow_nan=False)
 

@@ -153,11 +153,11 @@ def _table(cells: dict, task: str, rule: str, ranks: list, rates: list, measure:
 
 
 def _scale(tables: list, measure: str) -> tuple[float, float]:
-    """Where the colours begin and end: the same for all rules. A tenth of the losses may lie beyond, or one would pale the rest."""
+    """Where the colours begin and end: the same for all rules. Three tenths of the losses may lie beyond, or they would pale the rest."""
     known = np.concatenate([table[~np.isnan(table)] for table in tables])
     if measure == "slots" or not len(known):
         return 0.0, 100.0
-    return float(known.min()), float(np.quantile(known, 0.9))
+    return float(known.min()), float(np.quantile(known, 0.7))
 
 
 def _best(runs: list) -> dict | None:
