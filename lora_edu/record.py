@@ -43,13 +43,14 @@ PLACEMENTS = {"all-linear": (PROJECTIONS, 8), "MLP": (PROJECTIONS[4:], 14), "Q, 
               "Q, V": (("q_proj", "v_proj"), 38)}     # equal budgets on fable, within 2 per cent
 
 
-def store_record(name: str, content: dict, began: float, options: str = "") -> None:
-    """Write a record with where, when and with what it was made."""
+def store_record(name: str, content: dict, began: float, options: str = "", products: torch.dtype | None = None) -> None:
+    """Write a record with where, when and with what it was made; `products`: the matrix products' dtype, if not `sixteen_bits`."""
     device = best_device()
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device} ({platform.machine()})"
     made = {"date": time.strftime("%Y-%m-%d"), "device": where,
             "threads": torch.get_num_threads(), "minutes": round((time.time() - began) / 60, 1), "torch": torch.__version__,
-            "python": platform.python_version(), "products in": str(sixteen_bits(device) or torch.float32).removeprefix("torch."),
+            "python": platform.python_version(),
+            "products in": str(products or sixteen_bits(device) or torch.float32).removeprefix("torch."),
             "command": f"python -m lora_edu.record {name}{options}"}
     RECORDS.mkdir(exist_ok=True)
     text = json.dumps({"made": made} | content, indent=1)
@@ -247,7 +248,8 @@ def main() -> None:
     else:
         content = {"spectra": record_spectra.spectra, "planted_rank": record_rank.planted_rank,
                    "published_pair": lambda: record_spectra.published_pair(args.pair)}[args.name]()
-    store_record(args.name, content, began, options=" --pair FOLDER" if args.pair else "")
+    store_record(args.name, content, began, options=" --pair FOLDER" if args.pair else "",
+                 products=torch.float32 if args.name == "planted_rank" else None)
     print(f"stored {args.name} after {(time.time() - began) / 60:.1f} minutes")
 
 

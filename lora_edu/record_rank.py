@@ -25,7 +25,7 @@ PLANTED = {"matrix": "model.layers.3.mlp.down_proj", "planted": (2, 6, 16), "ran
 
 
 def adapter_for(rule: str, rank: int, lr: float, seed: int = 0) -> Adapter:
-    """The rule's alpha: twice the rank; the same for every rank; or the same with rsLoRA's root. All three agree in scaling at rank 8."""
+    """The rule's alpha: twice the rank; the same for every rank; or the same with rsLoRA's root. At rank 8 all agree (to four digits)."""
     if rule == "rslora":
         return Adapter(rank, round(FIXED_ALPHA / 8**0.5, 4), rslora=True, lr=lr, seed=seed)
     return Adapter(rank, {"2r": 2 * rank, "fixed": FIXED_ALPHA}[rule], lr=lr, seed=seed)
@@ -60,6 +60,7 @@ def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: i
         runs = sweep(model, dict.fromkeys(adapters), lambda s: training_batches(tokenizer, task.name, steps, s, rows=ROWS), steps,
                      task.valid[:1] if task.name == "bistro" else task.valid, every=every, score=scorer(task, tales, prompts),
                      autocast=sixteen_bits(device), out=f"{scratch}/rank_alpha_{task.name}.json" if scratch else None)
+        all_there(runs, len(dict.fromkeys(adapters)))
         by_adapter = dict(zip(dict.fromkeys(adapters), runs))       # at rank 8 the rules are one and the same
         cells += [cell(task.name, rule, by_adapter[adapter], every) for (rule, *_), adapter in zip(keys, adapters)]
     return {"settings": {key: list(value) if isinstance(value, tuple) else value for key, value in grid.items()} |
@@ -68,8 +69,13 @@ def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: i
             "before": before(tasks, tales), "grid": cells}
 
 
+def all_there(runs: list, wanted: int) -> None:
+    if len(runs) < wanted:
+        raise SystemExit(f"{len(runs)} of {wanted} runs are finished, so no record is written; --scratch FOLDER keeps them, to go on from.")
+
+
 def cell(task: str, rule: str, run: dict, every: int) -> dict:
-    """One cell of the map; `path` holds [step, training loss of the batch after it, validation loss]."""
+    """One cell of the map; `path` holds [step, loss of its batch before the update, validation loss after it]."""
     path = [[step, round(run["losses"][step - 1], 4), round(valid, 4)] for step, valid in run["heldout"]]
     measured = {key: run.get(key) for key in ("test", "tales", "slots") if key in run or key != "slots"}
     return {"task": task, "rule": rule, "rank": run["rank"], "alpha": run["alpha"], "scaling": round(run["scaling"], 6), "lr": run["lr"],
@@ -90,6 +96,7 @@ def rank_seeds(steps: int = 500, ranks=(1, 8, 64), seeds=SEEDS, n: int = 200, pr
         runs = sweep(model, adapters, lambda seed: training_batches(tokenizer, task, steps, seed, rows=ROWS), steps, held,
                      score=scorer(tasks[task], tales, prompts), autocast=sixteen_bits(best_device()),
                      out=f"{scratch}/rank_seeds_{task}_{steps}_{len(adapters)}_{first.seed}_{first.lr:g}.json" if scratch else None)
+        all_there(runs, len(adapters))
         return [{key: run[key] for key in ("rank", "lr", "seed", "test", "tales", "slots") if key in run} |
                 {"valid": None if run["diverged"] else round(run["heldout"][-1][1], 4)} for run in runs]
 
