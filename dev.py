@@ -169,10 +169,11 @@ def check_torch():
 
 
 def write_jupyter_settings():
-    """Widget callbacks wait for the running cell, as in Colab; JupyterLab would run them in threads beside it."""
+    """Widget callbacks wait for the running cell, as in Colab, where JupyterLab would run them in threads beside it; no news pops up."""
     folder = ENV / "share" / "jupyter" / "lab" / "settings"
     folder.mkdir(parents=True, exist_ok=True)
-    setting = {"@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"}}
+    setting = {"@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"},
+               "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}   # a course works offline
     write_whole(folder / "overrides.json", json.dumps(setting, indent=1) + "\n")
 
 

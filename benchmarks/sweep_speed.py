@@ -1,6 +1,7 @@
 """How long a grid of 16 adapters takes on fable: our chunks in a pass each, beside 16 PEFT runs one after another.
 
     python benchmarks/sweep_speed.py               three rounds of 8 steps; medians, tokens per second, peak memory
+    python benchmarks/sweep_speed.py --batch 1 --length 32    the same with smaller batches
     python benchmarks/sweep_speed.py --profile     where the time of a step goes, for both
 
 Ranks 1 to 64, alpha = 2 rank, every linear layer but the head, batch 4 x 64 for each adapter, AdamW, 2 threads and float32 on a CPU;
@@ -123,7 +124,8 @@ def growth(side: str) -> int:
 
 
 def growth_elsewhere(side: str) -> int:
-    done = subprocess.run([sys.executable, __file__, "--peak", side], capture_output=True, text=True, check=True)
+    command = [sys.executable, __file__, "--peak", side, "--batch", str(BATCH), "--length", str(LENGTH)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
@@ -158,12 +160,16 @@ def compare(rounds: int, steps: int) -> None:
 
 
 def main() -> None:
+    global BATCH, LENGTH
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true", help="the operations that take most of a step, for both")
     parser.add_argument("--peak", choices=("stack", "peft"), help="bytes that one side takes, measured in this process")
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--length", type=int, default=LENGTH)
     args = parser.parse_args()
+    BATCH, LENGTH = args.batch, args.length
     torch.set_num_threads(THREADS)
     if args.peak:
         print(growth(args.peak))

@@ -153,7 +153,9 @@ def test_a_damaged_stamp_is_no_stamp(course, text):
 def test_jupyterlab_setting(course):
     dev.set_up()
     file = course.path / ".venv" / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
-    assert json.loads(file.read_text()) == {"@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"}}
+    settings = json.loads(file.read_text())
+    assert settings["@jupyterlab/apputils-extension:kernels-settings"] == {"commsOverSubshells": "disabled"}
+    assert settings["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
 
 
 TORCHES = [(["2.13.0+cpu", None, None], "the CPU build"), (["2.13.0", "13.0", None], "the CUDA 13.0 build"),

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
 from .plots import BLACK, GREY, LABELS, look, new_figure
+from .records import TASKS
 from .spectrum_plots import _readable_on
 from .widgets import picture_with_controls
 
@@ -49,12 +50,12 @@ def grid_explorer(record: dict, trainer=None) -> ipywidgets.VBox:
         chosen = cells[task, rule, rank, lr]
         picture.draw_map(tables[rule], _scale(list(tables.values()), shown), shown, list(best.values()), chosen)
         picture.draw_path(chosen, [run for run in cells.values() if run["task"] == task], record)
-        note = "" if shown == measure else f"{task} has no slots: the map shows the loss on the task\n"
+        note = "" if shown == measure else f"{TASKS.get(task, task)} has no slots: the map shows the loss on the task\n"
         return note + "\n".join(_said(chosen, tables[rule][ranks.index(rank)], rates, shown, best, record))
 
     wide = {"style": {"button_width": "auto"}}
     controls = dict(   # buttons and sliders, no Dropdown: see explorer.py
-        task=ipywidgets.ToggleButtons(options=tasks, description="task", **wide),
+        task=ipywidgets.ToggleButtons(options=[(TASKS.get(task, task), task) for task in tasks], description="task", **wide),
         rule=ipywidgets.ToggleButtons(options=[(RULES.get(rule, rule), rule) for rule in rules], description="rule", **wide),
         measure=ipywidgets.ToggleButtons(options=[(text, name) for name, text in MEASURES.items()], description="measure", **wide),
         rank=ipywidgets.SelectionSlider(options=ranks, value=ranks[len(ranks) // 2], description="rank r"),
@@ -128,8 +129,7 @@ class _Picture:
             places = [(self.ranks.index(run["rank"]), self.rates.index(run["lr"])) for run in runs if run]
             for line in lines:
                 line.set_data(*_strokes(places, size * SQUARE))
-        self.map.set_title(f"{chosen['task']}, {RULES.get(chosen['rule'], chosen['rule'])}: brighter is better\n{LABELS[TITLES[measure]]}",
-                           fontsize=9)
+        self.map.set_title(f"{_named(chosen)}: brighter is better\n{LABELS[TITLES[measure]]}", fontsize=9)
 
     def draw_path(self, chosen: dict, runs: list, record: dict) -> None:
         """The axes are those of the whole task, so that paths can be compared while a slider moves."""
@@ -165,6 +165,10 @@ def _best(runs: list) -> dict | None:
     return min((run for run in runs if run["valid"] is not None), key=lambda run: run["valid"], default=None)
 
 
+def _named(run: dict) -> str:
+    return f"{TASKS.get(run['task'], run['task'])}, {RULES.get(run['rule'], run['rule'])}"
+
+
 def _strokes(places, shape: np.ndarray) -> np.ndarray:
     """x and y of one line that draws the shape in every (row, column) of `places`."""
     centres = np.array(places, dtype=float).reshape(-1, 1, 2)[..., ::-1]
@@ -181,7 +185,7 @@ def _said(run: dict, row, rates: list, measure: str, best: dict, record: dict) -
                        for step, *both in run["path"])
     cells = ", ".join(f"{lr:g}: {_short(value, measure)}" for lr, value in zip(rates, row))
     here, top = (_place(each) for each in (best[run["rank"]], _best([each for each in best.values() if each])))
-    return [f"{run['task']}, {RULES.get(run['rule'], run['rule'])}: rank {run['rank']}, alpha {run['alpha']:g}, scaling "
+    return [f"{_named(run)}: rank {run['rank']}, alpha {run['alpha']:g}, scaling "
             f"{run['scaling']:.4g}, learning rate {run['lr']:g}; {run['trainable']:,} trainable numbers, an adapter of "
             f"{4 * run['trainable']:,} bytes in float32",
             _at_the_end(run, record["before"], record["settings"]["tasks"][run["task"]]["steps"]),

@@ -5,6 +5,7 @@
 import json
 from pathlib import Path
 
+TASKS = {"bistro": "restaurants", "python_docs": "documentation"}      # how the pages call them
 RECORDS = Path(__file__).parents[1] / "records"
 
 

@@ -20,10 +20,10 @@ from lora_edu.training import bistro, corpora
 from lora_edu.training.live import Lesson, LiveRun
 
 from .plots import png
+from .records import TASKS
 from .trainer_view import EARLIER, TrainerPicture, words
 from .widgets import TARGETS, target_sizes
 
-TASKS = {"restaurants": "bistro", "Python docs": "python_docs"}
 RULES = {"alpha = 2r": "2r", "alpha fixed": "fixed", "rsLoRA": "rslora"}
 PLACES = {"all-linear": TARGETS, "Q, V": ("q_proj", "v_proj"), "Q, K, V, O": TARGETS[:4], "MLP": TARGETS[4:]}
 RATES = [5e-4 * 2**i for i in range(9)]     # 0.0005 to 0.128
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
         return Adapter(self.rank, float(self.alpha), PLACES[self.targets], self.rule == "rslora", self.lr)
 
     def __str__(self) -> str:
-        return f"{self.task}, {self.targets}, r {self.rank}, alpha {self.alpha} ({self.rule}), lr {self.lr:g}"
+        return f"{TASKS[self.task]}, {self.targets}, r {self.rank}, alpha {self.alpha} ({self.rule}), lr {self.lr:g}"
 
 
 def live_trainer(steps: int = 100) -> "Trainer":
@@ -119,7 +119,7 @@ class Trainer:
             ValueError: a value that a control does not offer, or an alpha that is not 2 rank under the rule "2r".
         """
         wanted = Setting(task, targets, rule, rank, alpha, lr)
-        for name, offered in {"task": TASKS.values(), "targets": PLACES, "rule": RULES.values(), "lr": RATES,
+        for name, offered in {"task": TASKS, "targets": PLACES, "rule": RULES.values(), "lr": RATES,
                               "rank": range(1, self.controls["rank"].max + 1), "alpha": range(1, self.controls["alpha"].max + 1)}.items():
             if getattr(wanted, name) not in offered:
                 raise ValueError(f"the trainer has no {name}={getattr(wanted, name)!r}: choose {_choices(offered)}.")
@@ -134,7 +134,7 @@ class Trainer:
     def _build(self, most: int) -> None:
         wide = {"button_width": "auto"}
         self.controls = {
-            "task": ipywidgets.ToggleButtons(options=list(TASKS.items()), description="task", style=wide),
+            "task": ipywidgets.ToggleButtons(options=[(name, task) for task, name in TASKS.items()], description="task", style=wide),
             "targets": ipywidgets.ToggleButtons(options=list(PLACES), description="matrices", style=wide),
             "rule": ipywidgets.ToggleButtons(options=list(RULES.items()), description="alpha rule", style=wide),
             "rank": ipywidgets.IntSlider(value=min(8, most), min=1, max=most, description="rank r"),

@@ -75,7 +75,7 @@ def test_the_controls_offer_the_record_and_are_no_dropdowns(record):
         "task": "ToggleButtons", "rule": "ToggleButtons", "measure": "ToggleButtons",
         "rank r": "SelectionSlider", "rate": "SelectionSlider"}
     assert list(controls(box)["rank r"].options) == RANKS and [value for _, value in controls(box)["rate"].options] == RATES
-    assert list(controls(box)["task"].options) == TASKS and [value for _, value in controls(box)["rule"].options] == RULES
+    assert [value for _, value in controls(box)["task"].options] == TASKS and [value for _, value in controls(box)["rule"].options] == RULES
     assert len(box.children) == 3, "no trainer, no button"
 
 
@@ -98,7 +98,7 @@ def test_the_text_holds_the_numbers_of_the_cell(record):
     want = run("bistro", "fixed", 4, 0.004)       # by hand: 4 - 1.5 - 0.3 + 0.2 + 0.05 = 2.45
     assert want["valid"] == pytest.approx(2.45)
     first, second, path, row, best = said(box).splitlines()
-    assert first == ("bistro, alpha fixed: rank 4, alpha 16, scaling 4, learning rate 0.004; 78,080 trainable numbers, "
+    assert first == ("restaurants, alpha fixed: rank 4, alpha 16, scaling 4, learning rate 0.004; 78,080 trainable numbers, "
                      "an adapter of 312,320 bytes in float32")
     assert second == ("after 100 steps, nats per token: test 2.461 (before 4.10), validation 2.450, tales 4.30 (before 3.14); "
                       "slots right: 20%")
@@ -120,7 +120,7 @@ def test_other_measures_show_their_own_row(record):
 def test_a_task_without_slots_shows_its_loss_and_says_so(record):
     box = grid_explorer(record)
     choose(box, task="python_docs", measure="slots")
-    assert said(box).startswith("python_docs has no slots: the map shows the loss on the task\n") and "; slots right" not in said(box)
+    assert said(box).startswith("documentation has no slots: the map shows the loss on the task\n") and "; slots right" not in said(box)
     assert "this row, loss on the new task" in said(box)
 
 

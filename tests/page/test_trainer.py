@@ -97,7 +97,7 @@ def settings(tr) -> tuple:
 def test_it_starts_at_step_0_and_says_what_would_be_trained(tr):
     assert settings(tr) == ("bistro", "all-linear", "2r", 8, 16, 8e-3)
     count = 8 * (4 * (16 + 16) + 3 * (16 + 24))
-    assert said(tr) == (f"step 0 of 12: press play, or one step\nbistro, all-linear, r 8, alpha 16 (2r), lr 0.008\n"
+    assert said(tr) == (f"step 0 of 12: press play, or one step\nrestaurants, all-linear, r 8, alpha 16 (2r), lr 0.008\n"
                         f"scaling = alpha / r = 2.00; {count:,} trainable parameters, {4 * count:,} bytes in float32; trained on a toy")
     tick(tr)
     assert tr.run.report.trainable == count and tr.run.report.adapter_bytes == 4 * count
@@ -153,11 +153,12 @@ def test_a_moved_slider_leaves_the_old_curve_and_starts_a_new_one(tr):
     play_to(tr, 5)
     old, kept = tr.run, [*tr.run.losses]
     tr.controls["lr"].value = 0.064
-    assert step(tr) == 0 and "earlier: bistro, all-linear, r 8, alpha 16 (2r), lr 0.008: 5 of 12 steps" in said(tr)
+    assert step(tr) == 0 and "earlier: restaurants, all-linear, r 8, alpha 16 (2r), lr 0.008: 5 of 12 steps" in said(tr)
     play_out(tr)
     assert old.losses == kept and tr.run is not old and tr.run.losses[4] != kept[4]
     labels = [text.get_text() for _, text in tr.picture.names]
-    assert labels[:3] == ["now: bistro, all-linear, r 8, alpha 16 (2r), lr 0.064", "bistro, all-linear, r 8, alpha 16 (2r), lr 0.008", ""]
+    assert labels[:3] == ["now: restaurants, all-linear, r 8, alpha 16 (2r), lr 0.064",
+                          "restaurants, all-linear, r 8, alpha 16 (2r), lr 0.008", ""]
     assert list(tr.picture.batches[1].get_ydata()) == kept and list(tr.picture.batches[0].get_ydata()) == tr.run.losses
 
 
@@ -226,7 +227,7 @@ def test_alpha_is_locked_to_twice_the_rank_and_the_lock_is_said(tr):
 
 def test_fifty_moves_during_play_leave_a_consistent_state(tr):
     rng = random.Random(0)
-    choices = {"task": [*trainer.TASKS.values()], "rule": [*trainer.RULES.values()], "targets": [*trainer.PLACES], "lr": RATES,
+    choices = {"task": [*trainer.TASKS], "rule": [*trainer.RULES.values()], "targets": [*trainer.PLACES], "lr": RATES,
                "rank": range(1, 17), "alpha": range(1, 33)}
     for _ in range(50):
         name = rng.choice(list(tr.controls))
