@@ -8,6 +8,7 @@
     published_pair    spectra of a published fine-tune, from --pair FOLDER: records/published_pair.json
     rank_alpha        rank x learning rate x alpha rule x task: records/rank_alpha.json (this one and the next two: record_rank.py)
     rank_seeds        the best rate of each rank with more seeds, and more steps: records/rank_seeds.json (after rank_alpha)
+    two_rates         ranks 8 and 64 with alpha and the rate both free: records/two_rates.json (after rank_alpha)
     planted_rank      students of teachers whose rank is known: records/planted_rank.json
 
 A record is small JSON with its settings, seeds, device, versions and date; notebooks show it and re-measure a slice.
@@ -233,17 +234,18 @@ EXPERIMENTS = {"bistro_adapter": bistro_adapter, "lora_beside_full": lora_beside
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lora_edu.record", description="Make one of the course's records again.")
     from lora_edu import record_rank, record_spectra      # here, because they build on this module
-    parser.add_argument("name", choices=[*EXPERIMENTS, "spectra", "published_pair", "rank_alpha", "rank_seeds", "planted_rank"])
+    parser.add_argument("name", choices=[*EXPERIMENTS, "spectra", "published_pair", "rank_alpha", "rank_seeds", "two_rates",
+                                         "planted_rank"])
     parser.add_argument("--tales", metavar="FILE", help="a held-out text of tales, to measure forgetting on as well")
     parser.add_argument("--pair", metavar="FOLDER", help="published_pair: where base.safetensors and ft_*.safetensors are")
-    parser.add_argument("--scratch", metavar="FOLDER", help="rank_alpha, rank_seeds: keep finished runs here, and go on from them")
+    parser.add_argument("--scratch", metavar="FOLDER", help="rank_alpha, rank_seeds, two_rates: keep finished runs, to go on")
     args = parser.parse_args()
     if args.scratch:
         Path(args.scratch).mkdir(parents=True, exist_ok=True)
     began = time.time()
     if args.name in EXPERIMENTS:
         content = EXPERIMENTS[args.name](args.tales)
-    elif args.name in ("rank_alpha", "rank_seeds"):
+    elif args.name in ("rank_alpha", "rank_seeds", "two_rates"):
         content = getattr(record_rank, args.name)(scratch=args.scratch)
     else:
         content = {"spectra": record_spectra.spectra, "planted_rank": record_rank.planted_rank,

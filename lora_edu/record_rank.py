@@ -2,6 +2,7 @@
 
     rank_alpha    rank x learning rate x alpha rule x task at a fixed number of steps: the grid that the explorer shows
     rank_seeds    its best rate for each rank, with more seeds, and on restaurants five times the steps with rates of their own
+    two_rates     ranks 8 and 64 with alpha and the rate both free, so that B's rate is tuned beside A's
     planted_rank  LoRA of rank 1 to 32 that learns from teachers whose update has rank 2, 6 and 16
 """
 import torch
@@ -117,6 +118,25 @@ def rank_seeds(steps: int = 500, ranks=(1, 8, 64), seeds=SEEDS, n: int = 200, pr
     return {"settings": {"rows": ROWS, "rule": "2r", "targets": "all-linear", "seeds": list(seeds), "tuning seed": 0,
                          "prompts": prompts, "rules not kept":
                          "three seeds; three rates or more for the long runs, which are on one task and three ranks"}} | found
+
+
+def two_rates(alphas: dict | None = None, rates=(0.002, 0.004, 0.008), seed: int = 0, n: int = 200, scratch: str | None = None) -> dict:
+    """Is it the rank, or B's rate? Alphas that the grid does not have for these ranks; the same numbers of steps."""
+    alphas = alphas or {8: (32, 64, 128), 64: (64, 256)}
+    settings, (model, tokenizer) = load_record("rank_alpha")["settings"], load_pretrained()
+    tales = {"its own": tales_to_forget(None)["its own"][:1]}
+    model.to(best_device())
+    found = []
+    for name, how in settings["tasks"].items():
+        task = Task(name, tokenizer, n)
+        adapters = [Adapter(rank, alpha, lr=lr, seed=seed) for rank, some in alphas.items() for alpha in some for lr in rates]
+        runs = sweep(model, adapters, lambda s: training_batches(tokenizer, name, how["steps"], s, rows=ROWS), how["steps"],
+                     task.valid[:1] if name == "bistro" else task.valid, score=scorer(task, tales, 0), autocast=sixteen_bits(best_device()),
+                     out=f"{scratch}/two_rates_{name}.json" if scratch else None)
+        all_there(runs, len(adapters))
+        found += [cell(name, "free", run, how["steps"]) for run in runs]
+    return {"settings": {"alphas": alphas, "rates": list(rates), "seed": seed, "rows": ROWS, "tasks": settings["tasks"],
+                         "rules not kept": "one seed; three rates, and the best may lie on their edge"}, "runs": found}
 
 
 def loss_or_inf(run: dict) -> float:

@@ -8,7 +8,7 @@ import torch
 from lora_edu import load_pretrained, record, record_rank
 from lora_edu.lora.stack import Adapter
 from lora_edu.models import llama
-from lora_edu.record_rank import adapter_for, best_of, beyond_the_edge, planted_rank, rank_alpha, rank_seeds
+from lora_edu.record_rank import adapter_for, best_of, beyond_the_edge, planted_rank, rank_alpha, rank_seeds, two_rates
 from lora_edu.training import corpora
 
 GRID = {"ranks": (1, 8), "rates": (0.05, 0.1, 1e30), "rules": ("2r", "fixed", "rslora"),
@@ -129,6 +129,15 @@ def test_more_seeds_and_more_steps(made, monkeypatch, tmp_path):
         assert rates == sorted(rates) and rates[0] < best < rates[-1] and {r["seed"] for r in tuning} == {0}
         assert [r["seed"] for r in found["long"]["runs"] if r["rank"] == rank and r["lr"] == best] == [1, 2]
     assert found["long"]["steps"] == 4 and len(found["long"]["runs"]) == 4
+    json.dumps(found, allow_nan=False)
+
+
+def test_two_rates_train_the_alphas_that_are_asked_for(made, monkeypatch):
+    monkeypatch.setattr(record_rank, "load_record", {"rank_alpha": made}.__getitem__)
+    found = two_rates(alphas={1: (4,), 8: (32, 64)}, rates=(0.002, 0.004), n=32)
+    want = [(task, rank, alpha, lr) for task in GRID["tasks"] for rank, alpha in ((1, 4), (8, 32), (8, 64)) for lr in (0.002, 0.004)]
+    assert [(r["task"], r["rank"], r["alpha"], r["lr"]) for r in found["runs"]] == want
+    assert all(r["scaling"] == r["alpha"] / r["rank"] and r["test"] > 0 and r["rule"] == "free" for r in found["runs"])
     json.dumps(found, allow_nan=False)
 
 

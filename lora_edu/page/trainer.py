@@ -149,8 +149,8 @@ class Trainer:
     def _rows(self) -> ipywidgets.VBox:
         """The controls, sliders first."""
         wrap, c = ipywidgets.Layout(flex_flow="row wrap"), self.controls
-        rows = [(c["rank"], c["alpha"], self.lock_text, c["lr"]), (c["rule"], c["targets"]),
-                (c["task"], self.play, self.step_button, self.reset_button)]
+        rows = [(c["rank"], c["alpha"], self.lock_text, c["lr"]), (c["rule"], c["targets"]), (c["task"],),
+                (self.play, self.step_button, self.reset_button)]
         return ipywidgets.VBox([ipywidgets.HBox(row, layout=wrap) for row in rows])
 
     def _read(self) -> Setting:
