@@ -58,11 +58,9 @@ def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: i
         keys = [(rule, rank, lr) for rule in grid["rules"] for rank in grid["ranks"] for lr in grid["rates"]]
         adapters = [adapter_for(*key, seed) for key in keys]
         steps, every = (grid["tasks"][task.name][key] for key in ("steps", "every"))
-        runs = sweep(model, dict.fromkeys(adapters), lambda s: training_batches(tokenizer, task.name, steps, s, rows=ROWS), steps,
-                     task.valid[:1] if task.name == "bistro" else task.valid, every=every, score=scorer(task, tales, prompts),
-                     autocast=sixteen_bits(device), out=f"{scratch}/rank_alpha_{task.name}.json" if scratch else None)
-        all_there(runs, len(dict.fromkeys(adapters)))
-        by_adapter = dict(zip(dict.fromkeys(adapters), runs))       # at rank 8 the rules are one and the same
+        alone = list(dict.fromkeys(adapters))       # at rank 8 the rules are one and the same
+        by_adapter = dict(zip(alone, train_all(model, task, alone, steps, scorer(task, tales, prompts), first_batch(task), every=every,
+                                               out=f"{scratch}/rank_alpha_{task.name}.json" if scratch else None)))
         cells += [cell(task.name, rule, by_adapter[adapter], every) for (rule, *_), adapter in zip(keys, adapters)]
     return {"settings": {key: list(value) if isinstance(value, tuple) else value for key, value in grid.items()} |
             {"rows": ROWS, "fixed alpha": FIXED_ALPHA, "targets": "all-linear", "seed": seed, "prompts": prompts,
@@ -70,9 +68,19 @@ def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: i
             "before": before(tasks, tales), "grid": cells}
 
 
-def all_there(runs: list, wanted: int) -> None:
-    if len(runs) < wanted:
-        raise SystemExit(f"{len(runs)} of {wanted} runs are finished, so no record is written; --scratch FOLDER keeps them, to go on from.")
+def train_all(model, task: Task, adapters: list[Adapter], steps: int, score, valid: list, every: int | None = None,
+              out: str | None = None) -> list[dict]:
+    """`sweep` on a task's own batches. Ends the program where it was stopped: a record of some of its runs is none."""
+    runs = sweep(model, adapters, lambda seed: training_batches(task.tokenizer, task.name, steps, seed, rows=ROWS), steps, valid,
+                 every=every, score=score, autocast=sixteen_bits(next(model.parameters()).device), out=out)
+    if len(runs) < len(adapters):
+        raise SystemExit(f"{len(runs)} of {len(adapters)} runs are finished, and no record is written; --scratch FOLDER keeps them.")
+    return runs
+
+
+def first_batch(task: Task) -> list:
+    """What the rates of the grid are chosen by: 50 cards, or the few rows of documentation."""
+    return task.valid[:1] if task.name == "bistro" else task.valid
 
 
 def cell(task: str, rule: str, run: dict, every: int) -> dict:
@@ -91,30 +99,27 @@ def rank_seeds(steps: int = 500, ranks=(1, 8, 64), seeds=SEEDS, n: int = 200, pr
     tasks = {name: Task(name, tokenizer, n) for name in grid["settings"]["tasks"]}
     model.to(best_device())
 
-    def train_all(task: str, adapters: list[Adapter], steps: int) -> list[dict]:
-        held = tasks[task].valid
-        first = adapters[0]
-        runs = sweep(model, adapters, lambda seed: training_batches(tokenizer, task, steps, seed, rows=ROWS), steps, held,
-                     score=scorer(tasks[task], tales, prompts), autocast=sixteen_bits(best_device()),
-                     out=f"{scratch}/rank_seeds_{task}_{steps}_{len(adapters)}_{first.seed}_{first.lr:g}.json" if scratch else None)
-        all_there(runs, len(adapters))
+    def brief(name: str, adapters: list[Adapter], steps: int) -> list[dict]:
+        task, first = tasks[name], adapters[0]
+        runs = train_all(model, task, adapters, steps, scorer(task, tales, prompts), task.valid,
+                         out=f"{scratch}/rank_seeds_{name}_{steps}_{len(adapters)}_{first.seed}_{first.lr:g}.json" if scratch else None)
         return [{key: run[key] for key in ("rank", "lr", "seed", "test", "tales", "slots") if key in run} |
                 {"valid": None if run["diverged"] else round(run["heldout"][-1][1], 4)} for run in runs]
 
     found = {"short": {}, "long": {}}
     for task in tasks:
         best = {rank: best_of(grid["grid"], task, rank)["lr"] for rank in grid["settings"]["ranks"]}
-        found["short"][task] = train_all(task, [adapter_for("2r", rank, lr, seed) for seed in seeds for rank, lr in best.items()],
-                                         grid["settings"]["tasks"][task]["steps"])
+        found["short"][task] = brief(task, [adapter_for("2r", rank, lr, seed) for seed in seeds for rank, lr in best.items()],
+                                     grid["settings"]["tasks"][task]["steps"])
     open_rates = {rank: [best_of(grid["grid"], "bistro", rank)["lr"] / 2**i for i in range(3)] for rank in ranks}
     tuning: dict[int, list[dict]] = {rank: [] for rank in ranks}
     while any(open_rates.values()):         # until no rank's best rate lies on the edge of those it tried
-        for run in train_all("bistro", [adapter_for("2r", rank, lr) for rank in ranks for lr in open_rates[rank]], steps):
+        for run in brief("bistro", [adapter_for("2r", rank, lr) for rank in ranks for lr in open_rates[rank]], steps):
             tuning[run["rank"]] = sorted([*tuning[run["rank"]], run], key=lambda run: run["lr"])
         open_rates = {rank: beyond_the_edge(tuning[rank]) for rank in ranks}
     best = {rank: min(runs, key=loss_or_inf)["lr"] for rank, runs in tuning.items()}
     found["long"] = {"steps": steps, "tuning": [run for runs in tuning.values() for run in runs],
-                     "runs": train_all("bistro", [adapter_for("2r", rank, lr, seed) for seed in seeds for rank, lr in best.items()], steps)}
+                     "runs": brief("bistro", [adapter_for("2r", rank, lr, seed) for seed in seeds for rank, lr in best.items()], steps)}
     return {"settings": {"rows": ROWS, "rule": "2r", "targets": "all-linear", "seeds": list(seeds), "tuning seed": 0,
                          "prompts": prompts, "rules not kept":
                          "three seeds; three rates or more for the long runs, which are on one task and three ranks"}} | found
@@ -130,10 +135,8 @@ def two_rates(alphas: dict | None = None, rates=(0.002, 0.004, 0.008), seed: int
     for name, how in settings["tasks"].items():
         task = Task(name, tokenizer, n)
         adapters = [Adapter(rank, alpha, lr=lr, seed=seed) for rank, some in alphas.items() for alpha in some for lr in rates]
-        runs = sweep(model, adapters, lambda s: training_batches(tokenizer, name, how["steps"], s, rows=ROWS), how["steps"],
-                     task.valid[:1] if name == "bistro" else task.valid, score=scorer(task, tales, 0), autocast=sixteen_bits(best_device()),
-                     out=f"{scratch}/two_rates_{name}.json" if scratch else None)
-        all_there(runs, len(adapters))
+        runs = train_all(model, task, adapters, how["steps"], scorer(task, tales, 0), first_batch(task),
+                         out=f"{scratch}/two_rates_{name}.json" if scratch else None)
         found += [cell(name, "free", run, how["steps"]) for run in runs]
     return {"settings": {"alphas": alphas, "rates": list(rates), "seed": seed, "rows": ROWS, "tasks": settings["tasks"],
                          "rules not kept": "one seed; three rates, and the best may lie on their edge"}, "runs": found}

@@ -7,9 +7,9 @@ import torch
 
 from lora_edu import load_pretrained, record, record_rank
 from lora_edu.lora.stack import Adapter
-from lora_edu.models import llama
 from lora_edu.record_rank import adapter_for, best_of, beyond_the_edge, planted_rank, rank_alpha, rank_seeds, two_rates
 from lora_edu.training import corpora
+from tests.lora.tiny import our_llama
 
 GRID = {"ranks": (1, 8), "rates": (0.05, 0.1, 1e30), "rules": ("2r", "fixed", "rslora"),
         "tasks": {"bistro": {"steps": 3, "every": 2}, "python_docs": {"steps": 2, "every": 1}}}
@@ -19,9 +19,7 @@ PLANTED = {"matrix": "model.layers.1.mlp.down_proj", "planted": (1, 2), "ranks":
 
 def tiny():
     """fable's vocabulary and context, and little else; its last MLP is loud, so that a change in it is heard."""
-    torch.manual_seed(0)
-    model = llama.Llama(llama.LlamaConfig(vocab_size=2048, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)).eval()
+    model = our_llama(vocab_size=2048, positions=512, kv_heads=2).eval()
     for name in ("gate_proj", "up_proj", "down_proj"):
         model.get_submodule(f"model.layers.1.mlp.{name}").weight.data *= 15
     return model

@@ -6,6 +6,7 @@ come first, so a call that raises has changed nothing.
 Matching follows PEFT (0.21): a list matches names that equal an entry or end in "." + entry; a string is a regular
 expression for the whole name; "all-linear" is every linear layer but the output head.
 """
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -128,6 +129,15 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), attribute, module)
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A model of new modules around the same weights: nothing big is copied, and it can be wrapped, or moved, without touching `model`.
+
+    Its Parameter objects are its own and frozen; the storage is shared, so what writes into the weights changes both.
+    """
+    shared = {id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in model.parameters()}
+    return copy.deepcopy(model, memo=shared | {id(buffer): buffer for buffer in model.buffers()})
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -7,7 +7,6 @@ optimizer ever sees. A batch brings G groups of rows, one for each adapter; or a
 Sources: Hu et al. (2021), section 4.1, for one adapter; Chen et al. (2023), "Punica", arXiv:2310.18547, for many in a batch.
 """
 import contextlib
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_edu.lora.apply import find_targets, lora_layers, refuse_tied, replace, shorten
+from lora_edu.lora.apply import find_targets, lora_layers, refuse_tied, replace, share_weights, shorten
 from lora_edu.lora.layer import LoRALinear, check_settings, features, is_linear
 
 
@@ -163,8 +162,7 @@ class LoRAStack:
         An rsLoRA adapter comes out with the alpha that gives the same scaling by alpha / rank.
         """
         adapter = self.adapters[i]
-        shared = {id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in self.model.parameters()}
-        model = copy.deepcopy(self.model, memo=shared | {id(buffer): buffer for buffer in self.model.buffers()})
+        model = share_weights(self.model)
         for name, layer in self.layers.items():
             alone = model.get_submodule(name).base_layer
             if layer.ranks[i]:

@@ -3,13 +3,13 @@
 The teacher is the base with a random rank-k update in one matrix. A student, the base with LoRA on that matrix, learns to
 give the teacher's probabilities for the next token. Below rank k it cannot; from k on it can.
 """
-import copy
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_edu.lora.apply import share_weights
 from lora_edu.training.corpora import Batch
 
 
@@ -18,7 +18,7 @@ def plant(model: nn.Module, name: str, rank: int, seed: int = 0) -> nn.Module:
 
     The other weights are shared. Raises ValueError for a rank the matrix cannot have.
     """
-    teacher = copy.deepcopy(model, memo={id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    teacher = share_weights(model)
     layer = teacher.get_submodule(name)
     out, into = layer.weight.shape
     if not 1 <= rank <= min(out, into):

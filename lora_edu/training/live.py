@@ -4,7 +4,6 @@
 nothing else: measuring belongs to fixed steps, and a step counts when all that belongs to it is done. So whoever calls, and
 how often, decides when something is seen and never what.
 """
-import copy
 import math
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_edu.lora.apply import apply_lora
+from lora_edu.lora.apply import apply_lora, share_weights
 from lora_edu.lora.layer import LoRALinear
 from lora_edu.lora.stack import Adapter
 from lora_edu.training import bistro
@@ -81,8 +80,7 @@ class LiveRun:
         self.samples: list[tuple[int, str]] = []
         self.slots = self.diverged = None
         self.device = next(base.parameters()).device
-        shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-        self.model = copy.deepcopy(base, shared)      # new modules around the same weights
+        self.model = share_weights(base)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):     # other cells' random numbers stay theirs
             torch.manual_seed(adapter.seed)
             self.report = apply_lora(self.model, adapter.target_modules, adapter.rank, adapter.scaling * adapter.rank)

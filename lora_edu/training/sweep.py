@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from lora_edu.files import write_whole
 from lora_edu.lora.report import html_table, text_table
 from lora_edu.lora.stack import Adapter, LoRAStack, targets_of
-from lora_edu.training.loop import Batch, warmup_linear
-
+from lora_edu.training.loop import Batch, loss_on, warmup_linear
 
 CPU, OTHERS = 8, 64      # adapters in a pass at most: a CPU is busy with fewer, and more leave its caches
 ROWS = 8      # of a held-out batch that every adapter reads at a time: as much as training takes, or less
@@ -35,14 +34,8 @@ class StackStep:
 
 def group_losses(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the next-token losses (nats, float32 or wider) and count of the tokens that count, for each of `groups` groups of rows."""
-    device = next(model.parameters()).device
-    inputs, targets = (t.to(device) for t in batch)
-    logits = model(inputs)
-    logits = getattr(logits, "logits", logits)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return each.view(groups, -1).sum(1), (targets != -100).view(groups, -1).sum(1)
+    each = loss_on(model, batch, "none")
+    return each.view(groups, -1).sum(1), (batch[1].to(each.device) != -100).view(groups, -1).sum(1)
 
 
 def side_by_side(batches: list[Batch]) -> Batch:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 from lora_edu import LoRALinear, apply_lora, lora_parameters, lora_state_dict, merge_lora, remove_lora, unmerge_lora
-from lora_edu.lora.apply import set_strength
+from lora_edu.lora.apply import set_strength, share_weights
 from tests.lora.tiny import MODELS, hf_llama, logits, names, our_llama, shake
 
 
@@ -217,3 +217,16 @@ def test_wrapping_keeps_each_layers_mode():
     model = our_llama().eval()
     apply_lora(model)
     assert not any(m.training for m in model.modules())
+
+
+def test_shared_weights_are_one_storage_under_two_models():
+    model = our_llama()
+    twin = share_weights(model)
+    for (name, ours), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
+        assert ours is not theirs and ours.data_ptr() == theirs.data_ptr() and theirs.requires_grad and not ours.requires_grad, name
+    assert twin.lm_head.weight is twin.model["embed_tokens"].weight, "what was tied stays tied"
+    apply_lora(twin)
+    assert names(twin) and not names(model)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    assert torch.equal(twin.lm_head.weight, model.lm_head.weight)

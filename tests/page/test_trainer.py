@@ -6,24 +6,22 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from lora_edu.models import llama
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.page import trainer
+from lora_edu.page.records import load_record
 from lora_edu.page.trainer import CLOCK, RATES, Trainer, live_trainer
 from lora_edu.record import PLACEMENTS
 from lora_edu.training import bistro, corpora
 from lora_edu.training.live import Lesson, LiveRun
+from tests.lora.tiny import our_llama
 
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def base():
-    torch.manual_seed(0)
-    return llama.Llama(llama.LlamaConfig(vocab_size=2048, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True)).eval()
+    return our_llama(vocab_size=2048, positions=256, layers=1, kv_heads=2).eval()      # fable's vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +306,18 @@ def test_open_sets_every_control_in_one_move(tr):
     assert "slots right" not in said(tr) and "The → “" in said(tr)
     tr.open("bistro", "2r", 16, 32, 0.002)
     assert settings(tr) == ("bistro", "all-linear", "2r", 16, 32, 0.002) and tr.controls["alpha"].disabled and len(tr.earlier) == 2
+
+
+def test_the_button_of_the_map_can_open_every_corner_of_the_record():
+    record, real = load_record("rank_alpha"), live_trainer(steps=1)
+    rates = record["settings"]["rates"]
+    corners = [run for run in record["grid"] if run["rank"] in (1, 64) and run["lr"] in (rates[0], rates[-1])]
+    for run in corners:
+        setting = {name: run[name] for name in ("task", "rule", "rank", "alpha", "lr")}
+        real.open(**setting)
+        assert {name: real.controls[name].value for name in setting} == setting
+        assert real.setting.adapter.scaling == run["scaling"] and f"{run['trainable']:,} trainable" in real.text.value
+    assert len(corners) == 16
 
 
 @pytest.mark.parametrize("change, says", [

@@ -9,11 +9,11 @@ import torch
 
 from lora_edu.lora.apply import apply_lora, lora_layers
 from lora_edu.lora.stack import Adapter
-from lora_edu.models import llama
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro, corpora, live
 from lora_edu.training.live import Lesson, LiveRun, Point, middle, singular_values
 from lora_edu.training.loop import evaluate, train
+from tests.lora.tiny import our_llama
 
 ADAPTER = Adapter(rank=3, alpha=6.0, lr=0.05, seed=4)
 STEPS = 27      # measured at 10, 20, 27; sampled at 25, 27
@@ -21,9 +21,7 @@ STEPS = 27      # measured at 10, 20, 27; sampled at 25, 27
 
 @pytest.fixture(scope="module")
 def base():
-    torch.manual_seed(0)
-    return llama.Llama(llama.LlamaConfig(vocab_size=2048, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                         num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True)).eval()
+    return our_llama(vocab_size=2048, positions=256).eval()      # fable's vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,9 @@ def test_runs_on_one_base_leave_it_and_each_other_alone(base, lesson, whole):
             run.advance(seconds=0)
     assert found(runs[0]) == found(whole) != found(runs[1])
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items()) and not list(lora_layers(base))
-    assert runs[0].model.model.embed_tokens.weight is base.model.embed_tokens.weight, "the base is shared, not copied"
+    shared, own = runs[0].model.model.embed_tokens.weight, base.model.embed_tokens.weight
+    assert shared.data_ptr() == own.data_ptr(), "the base is shared, not copied"
+    assert own.requires_grad and not shared.requires_grad, "a run freezes its own model, not the base"
 
 
 def test_the_random_numbers_of_others_are_left_alone(base, lesson):

@@ -178,3 +178,8 @@ def test_the_setting(record, choice, passed, says, capsys):
 def test_the_budget_decides(record, budget, best, capsys):
     passing = [choice for choice in ((rank, "2r", 0.008) for rank in (1, 4, 16)) if nb04.check_setting(choice, budget).passed]
     assert passing == [best]
+
+
+def test_a_training_with_nothing_wrong_is_what_the_notebook_says_it_is():
+    assert max(loss for step, loss in nb04._training() if step >= 40) < 0.06
+    assert all(max(loss for step, loss in points if step >= 40) > 0.3 for points in nb04.mystery_curves().values())
