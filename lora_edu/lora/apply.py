@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_edu.lora.layer import LoRALinear, check_settings, features, is_linear
+from lora_edu.lora.merge_report import MergeReport, Rounding
 from lora_edu.lora.report import LoRAReport
 
 
@@ -165,21 +166,39 @@ def set_strength(model: nn.Module, strength: float) -> None:
         layer.scaling = strength * layer.alpha / layer.rank
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Merge every LoRA layer, or none: if one update is not finite, those merged before it are unmerged again."""
+def fold_all(layers: list[tuple[str, LoRALinear]], keep: bool) -> tuple[list[torch.Tensor], MergeReport]:
+    """Every W₀ + update (an empty list without `keep`: then one is in memory at a time) and the report; no layer is changed."""
+    folded, parts = [], {}
+    for name, layer in layers:
+        try:
+            weight, delta = layer.fold()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        parts[name] = Rounding.of(layer.weight, delta, weight)
+        if keep:
+            folded.append(weight)
+    dtypes = dict.fromkeys(str(layer.weight.dtype).removeprefix("torch.") for _, layer in layers)
+    return folded, MergeReport(parts, ", ".join(dtypes), sum(weight.nbytes for weight in folded))
+
+
+def merge_lora(model: nn.Module) -> MergeReport:
+    """Merge every LoRA layer, or none: all sums are made and checked before the first is used.
+
+    Returns:
+        How large the update is, what rounding took from it, what the copies cost; it displays as a table.
+
+    Raises:
+        RuntimeError: a layer is merged already, or in training mode with dropout.
+        ValueError: an update, or its sum with W₀, is not finite.
+    """
     layers = some_lora_layers(model)
     merged = [name for name, layer in layers if layer.merged]
     if merged:
         raise RuntimeError(f"merged already: {shorten(merged)}. Call unmerge_lora(model) first.")
-    done = []
-    try:
-        for name, layer in layers:
-            layer.merge()
-            done.append(layer)
-    except ValueError as error:
-        for layer in done:
-            layer.unmerge()
-        raise ValueError(f"{name}: {error}") from None
+    folded, report = fold_all(layers, keep=True)
+    for (_, layer), weight in zip(layers, folded, strict=True):
+        layer.merged_weight = weight
+    return report
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -192,26 +211,26 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def remove_lora(model: nn.Module, *, merge: bool) -> None:
+def remove_lora(model: nn.Module, *, merge: bool) -> MergeReport | None:
     """Put the plain layers back: with the update written into their weights (`merge=True`), or as they were (`False`).
 
-    Written in place, one matrix at a time: no second copy of the model is needed. Parameters stay frozen; call
-    `model.requires_grad_(True)` to train them.
+    Written in place, one matrix at a time: no second copy of the model is needed. A merged model is welcome: the update is
+    added to W₀, which a merge never touches. Parameters stay frozen; call `model.requires_grad_(True)` to train them.
 
-    Raises:
-        ValueError: an update is not finite (`merge=True`); then nothing has been changed.
+    Returns:
+        With `merge=True` what `merge_lora` returns.
+
+    Raises (`merge=True`; then nothing has been changed):
+        RuntimeError: a layer is in training mode with dropout.
+        ValueError: an update, or its sum with W₀, is not finite.
     """
     layers = some_lora_layers(model)
-    if merge:
-        for name, layer in layers:      # all are checked before the first is written
-            try:
-                layer.folded_weight()
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    report = fold_all(layers, keep=False)[1] if merge else None      # all are checked before the first is written
     for name, layer in layers:
         if merge:
             layer.weight.data.copy_(layer.folded_weight())
         replace(model, name, layer.base_layer)
+    return report
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:

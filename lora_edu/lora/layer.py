@@ -5,6 +5,7 @@ Read `LoRALinear.forward` first: its last line is the whole idea.
 
 Source: Hu et al. (2021), "LoRA", section 4.1, arXiv:2106.09685.
 """
+import functools
 import math
 
 import torch
@@ -41,6 +42,30 @@ def check_settings(in_features: int, out_features: int, rank: int, alpha: float,
         raise ValueError(f"alpha={alpha} is not finite: choose a number such as {2 * rank} (twice the rank).")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} is not a share: choose 0 <= dropout < 1.")
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The widest of them, and float32 at least: what sums of weights are made in."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def rounded_sum(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """weight + delta in weight's dtype: the sum is made in float32 or wider, then rounded once.
+
+    Raises:
+        ValueError: an entry of delta, or of the sum, is not finite.
+    """
+    shape = " x ".join(map(str, weight.shape))
+    if not delta.isfinite().all():
+        raise ValueError(f"the update of this {shape} weight is not finite, so it is not merged and the weights stay as they were: "
+                         "train again with a smaller learning rate.")
+    wide = wide_dtype(weight.dtype, delta.dtype)
+    folded = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+    if not folded.isfinite().all():
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(f"this {shape} weight plus its update is not finite in {dtype} (largest: {torch.finfo(weight.dtype).max:.4g}), "
+                         "so it is not merged and the weights stay as they were: load the model in bfloat16 or float32.")
+    return folded
 
 
 class LoRALinear(nn.Module):
@@ -110,19 +135,25 @@ class LoRALinear(nn.Module):
         return self.scaling * (self.lora_B @ self.lora_A)
 
     @torch.no_grad()
-    def folded_weight(self) -> torch.Tensor:
-        """W₀ plus the update, laid out and typed as W₀; the sum is made in float32 or wider, then rounded once.
+    def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """W₀ plus the update, and the update, both laid out as W₀: see `rounded_sum`. The layer is not changed.
 
         Raises:
+            RuntimeError: the layer is in training mode with dropout, which a merged weight cannot do.
             ValueError: an entry of the update, or of the sum, is not finite.
         """
-        delta = self.delta_weight()
+        if self.dropout and self.training:
+            raise RuntimeError(f"the layer is in training mode with dropout={self.dropout:g}, which a merged weight leaves out: "
+                               "call model.eval() first, then merge.")
+        wide = wide_dtype(self.weight.dtype, self.lora_A.dtype)
+        with torch.autocast(self.weight.device.type, enabled=False):         # it would make the product in 16 bits
+            delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
         delta = delta.T if is_conv1d(self.base_layer) else delta
-        folded = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        if not (delta.isfinite().all() and folded.isfinite().all()):
-            raise ValueError(f"the update of this {self.out_features} x {self.in_features} layer is not finite, so it is not merged "
-                             "and the weights stay as they were: train again with a smaller learning rate.")
-        return folded
+        return rounded_sum(self.weight, delta), delta
+
+    def folded_weight(self) -> torch.Tensor:
+        """W₀ plus the update, laid out and typed as W₀; raises what `fold` raises."""
+        return self.fold()[0]
 
     def merge(self) -> None:
         """Compute W₀ + update once and use it from now on: one matrix product instead of three.
