@@ -18,7 +18,7 @@ from lora_edu.lora.report import text_table
 from lora_edu.measure.latency import Times, interleaved, prefill, variants
 from lora_edu.models.llama import Llama
 from lora_edu.models.pretrained import best_device
-from lora_edu.record_latency import RANK, SHAPES, SMOLLM2, equal_budget
+from lora_edu.record_merge import RANK, SHAPES, SMOLLM2, equal_budget
 
 MERGED, LOW, HIGH = "merged and unloaded", 0.97, 1.03
 

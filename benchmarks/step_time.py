@@ -20,7 +20,7 @@ from torch import nn
 
 from lora_edu import apply_lora, load_pretrained
 from lora_edu.lora.apply import find_targets, replace
-from lora_edu.record import prepare
+from lora_edu.training.methods import prepare
 from lora_edu.training.loop import train
 
 RANK, ALPHA, BATCH, LENGTH, THREADS = 8, 16, 8, 128, 2

@@ -10,6 +10,8 @@
     rank_seeds        the best rate of each rank with more seeds, and more steps: records/rank_seeds.json (after rank_alpha)
     two_rates         ranks 8 and 64 with alpha and the rate both free: records/two_rates.json (after rank_alpha)
     planted_rank      students of teachers whose rank is known: records/planted_rank.json
+    methods           seven methods on restaurants, equal budgets: records/methods.json (this one and the next: record_merge.py)
+    latency           what each of them costs in time when it is used: records/latency.json
 
 A record is small JSON with its settings, seeds, device, versions and date; notebooks show it and re-measure a slice.
 Rules (the same for every method): the learning rate is chosen on the validation split, from a grid of factor 2 that is
@@ -27,7 +29,7 @@ from pathlib import Path
 import torch
 
 from lora_edu.files import write_whole
-from lora_edu.lora.apply import apply_lora, lora_layers, unfreeze_matrices
+from lora_edu.lora.apply import lora_layers
 from lora_edu.lora.layer import is_linear
 from lora_edu.lora.peft_format import load_adapter, save_adapter
 from lora_edu.measure.nulls import BATCH, DOCS, training_batches
@@ -35,6 +37,7 @@ from lora_edu.models.pretrained import BISTRO_ADAPTER, best_device, load_pretrai
 from lora_edu.page.records import RECORDS
 from lora_edu.training import bistro, corpora
 from lora_edu.training.loop import evaluate, fit, sixteen_bits, train
+from lora_edu.training.methods import prepare, solved_cards
 
 SEEDS = (1, 2, 3)                # reported; seed 0 is for choosing learning rates
 SIZES = {"bistro": {"steps": 200, "every": 25}, "python_docs": {"steps": 100, "every": 20}}
@@ -75,16 +78,6 @@ class Task:
         return training_batches(self.tokenizer, self.name, steps, seed)
 
 
-def prepare(model, method: str, targets="all-linear", rank: int = 8, seed: int = 0) -> int:
-    """Make exactly the target matrices learn, by LoRA (alpha = 2 rank) or in full; returns how many numbers train."""
-    torch.manual_seed(seed)          # the factors' random start
-    if method == "lora":
-        apply_lora(model, targets, rank=rank, alpha=2 * rank)
-    else:
-        unfreeze_matrices(model, targets)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def size_of_change(model, base) -> dict[str, float]:
     """How far the matrices moved: ||ΔW|| / ||W₀||, Frobenius over all of them and the mean of the spectral ratios; no unit."""
     plain, lora = dict(base.named_modules()), dict(lora_layers(model))
@@ -106,14 +99,17 @@ def run(task: Task, method: str, lr: float, seed: int, tales: dict, steps: int, 
     device = best_device()
     base, _ = load_pretrained()
     model = load_pretrained()[0].to(device)
-    trainable = prepare(model, method, targets, rank, seed)
+    start = solved_cards(task.tokenizer, seed=seed).to(device) if method in ("prefix", "prompt") else None
+    trainable = prepare(model, method, targets, rank, seed, start)
     path = []
     for step in train(model, task.batches(steps, seed), steps, lr, autocast=sixteen_bits(device)):
         if step.step % every == 0 or step.step == steps:
             path.append([step.step, round(evaluate(model, task.valid[:2]), 4), round(evaluate(model, tales["its own"][:1]), 4)])
     model.cpu()
     result = {"lr": lr, "seed": seed, "trainable": trainable, "valid": round(evaluate(model, task.valid), 4), "path": path,
-              "change": size_of_change(model, base), "tales": {name: round(evaluate(model, some), 4) for name, some in tales.items()}}
+              "tales": {name: round(evaluate(model, some), 4) for name, some in tales.items()}}
+    if method in ("lora", "full"):
+        result |= {"change": size_of_change(model, base)}
     if slots:
         score = bistro.slot_accuracy(bistro.write(model, task.tokenizer, task.records), task.records)
         result |= {"slots": round(score.slots, 4), "all_slots": round(score.all_slots, 4), "shares": [round(s, 3) for s in score.shares]}
@@ -145,17 +141,17 @@ def tales_to_forget(file: str | None) -> dict:
     return tales
 
 
-def tuned_and_repeated(task: Task, method: str, tales: dict, seeds=SEEDS, **how) -> dict:
-    """Choose the rate on seed 0, then repeat with the reported seeds."""
-    tuning = tune(FIRST_RATES[method], lambda lr: said(run(task, method, lr, 0, tales, **how), task, method))
+def tuned_and_repeated(task: Task, method: str, tales: dict, seeds=SEEDS, rates: tuple[float, ...] = (), **how) -> dict:
+    """Choose the rate on seed 0, from `rates` on (by default FIRST_RATES), then repeat with the reported seeds."""
+    tuning = tune(rates or FIRST_RATES[method], lambda lr: said(run(task, method, lr, 0, tales, **how), task, method))
     lr = best_rate(tuning)
     repeats = [said(run(task, method, lr, seed, tales, slots=task.name == "bistro", **how), task, method) for seed in seeds]
     return {"lr": lr, "tuning": tuning, "runs": repeats, "mean test": round(statistics.mean(r["test"] for r in repeats), 4)}
 
 
 def said(result: dict, task: Task, method: str) -> dict:
-    print(f"{task.name:12} {method:5} lr {result['lr']:.2g} seed {result['seed']}: valid {result['valid']:.3f}, test {result['test']:.3f}, "
-          f"tales {result['tales']['its own']:.3f}, change {result['change']}, slots {result.get('slots', '-')}", flush=True)
+    print(f"{task.name} {method}: lr {result['lr']:.2g} seed {result['seed']}: valid {result['valid']:.3f}, test {result['test']:.3f}, "
+          f"tales {result['tales']['its own']:.3f}, change {result.get('change', '-')}, slots {result.get('slots', '-')}", flush=True)
     return result
 
 
@@ -233,12 +229,12 @@ EXPERIMENTS = {"bistro_adapter": bistro_adapter, "lora_beside_full": lora_beside
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lora_edu.record", description="Make one of the course's records again.")
-    from lora_edu import record_rank, record_spectra      # here, because they build on this module
+    from lora_edu import record_merge, record_rank, record_spectra      # here, because they build on this module
     parser.add_argument("name", choices=[*EXPERIMENTS, "spectra", "published_pair", "rank_alpha", "rank_seeds", "two_rates",
-                                         "planted_rank"])
+                                         "planted_rank", "methods", "latency"])
     parser.add_argument("--tales", metavar="FILE", help="a held-out text of tales, to measure forgetting on as well")
     parser.add_argument("--pair", metavar="FOLDER", help="published_pair: where base.safetensors and ft_*.safetensors are")
-    parser.add_argument("--scratch", metavar="FOLDER", help="rank_alpha, rank_seeds, two_rates: keep finished runs, to go on")
+    parser.add_argument("--scratch", metavar="FOLDER", help="rank_alpha, rank_seeds, two_rates, methods: keep finished runs, to go on")
     args = parser.parse_args()
     if args.scratch:
         Path(args.scratch).mkdir(parents=True, exist_ok=True)
@@ -247,11 +243,13 @@ def main() -> None:
         content = EXPERIMENTS[args.name](args.tales)
     elif args.name in ("rank_alpha", "rank_seeds", "two_rates"):
         content = getattr(record_rank, args.name)(scratch=args.scratch)
+    elif args.name == "methods":
+        content = record_merge.methods(args.tales, scratch=args.scratch)
     else:
-        content = {"spectra": record_spectra.spectra, "planted_rank": record_rank.planted_rank,
+        content = {"spectra": record_spectra.spectra, "planted_rank": record_rank.planted_rank, "latency": record_merge.latency,
                    "published_pair": lambda: record_spectra.published_pair(args.pair)}[args.name]()
     store_record(args.name, content, began, options=" --pair FOLDER" if args.pair else "",
-                 products=torch.float32 if args.name == "planted_rank" else None)
+                 products=torch.float32 if args.name in ("planted_rank", "latency") else None)
     print(f"stored {args.name} after {(time.time() - began) / 60:.1f} minutes")
 
 

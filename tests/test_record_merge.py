@@ -4,11 +4,11 @@ import json
 import pytest
 import torch
 
-from lora_edu import apply_lora, load_pretrained, record_latency
+from lora_edu import apply_lora, load_pretrained, record_merge
 from lora_edu.measure.latency import Times
 from lora_edu.models.baselines import apply_adapters, apply_prefix
 from lora_edu.models.llama import Llama
-from lora_edu.record_latency import SMOLLM2, equal_budget, latency, table
+from lora_edu.record_merge import SMOLLM2, equal_budget, latency, table
 from tests.lora.tiny import our_llama
 
 VARIANTS = ["base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)", "adapters (one a block)", "prefix"]
@@ -18,10 +18,10 @@ def on(patch, device_type):
     """As if this were the best device; what is measured stays on the CPU."""
     class Device:
         type = device_type
-    patch.setattr(record_latency, "best_device", Device)
+    patch.setattr(record_merge, "best_device", Device)
     patch.setattr(Llama, "to", lambda self, device: self)
-    patch.setattr(record_latency, "load_pretrained", lambda: (our_llama(positions=512).eval(), None))
-    patch.setattr(record_latency, "SMOLLM2", our_llama(positions=512, kv_heads=2).config)
+    patch.setattr(record_merge, "load_pretrained", lambda: (our_llama(positions=512).eval(), None))
+    patch.setattr(record_merge, "SMOLLM2", our_llama(positions=512, kv_heads=2).config)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def test_decoding_at_one_length_is_measured_once(made):
 def test_on_a_gpu_nothing_is_left_out(monkeypatch):
     on(monkeypatch, "cuda")
     asked = []
-    monkeypatch.setattr(record_latency, "measure", lambda base, shapes, rounds, many: asked.append((shapes, rounds, many)))
+    monkeypatch.setattr(record_merge, "measure", lambda base, shapes, rounds, many: asked.append((shapes, rounds, many)))
     assert latency(rounds=6)["settings"]["left out"] == []
-    assert asked == [(record_latency.SHAPES, 60, 60)] * 2
+    assert asked == [(record_merge.SHAPES, 60, 60)] * 2
 
 
 def test_a_table_is_in_milliseconds_of_one_call():

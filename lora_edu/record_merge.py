@@ -1,16 +1,31 @@
-"""The record of notebook 06, made by `python -m lora_edu.record latency`: forward passes and tokens of fable and of a model of 135 M
-parameters, as they are and with each method, timed side by side, with the operators that each one runs.
+"""The records of notebook 06, made by `python -m lora_edu.record NAME`:
+
+    latency    forward passes and tokens of fable and of a model of 135 M parameters, as they are and with each method, timed side by
+               side, with the operators that each one runs
+    methods    seven ways to learn restaurants, at an equal budget where one can be had, each at its own best learning rate
 """
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
+from lora_edu.files import write_whole
 from lora_edu.measure.latency import Times, decode, interleaved, matrix_products, operators, prefill, variants
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import best_device, load_pretrained
+from lora_edu.record import BATCH, SEEDS, Task, before, run, said, tales_to_forget, tuned_and_repeated
+from lora_edu.training.methods import METHODS
 
 RANK, TOKENS = 8, 8                      # tokens that one timed call of `decode` makes
 SHAPES = ((1, 16), (1, 128), (8, 128), (32, 256))      # batch x length
 SMOLLM2 = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                       num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True)     # SmolLM2-135M's sizes
+
+# where the search for a learning rate begins, the same factor 2 for all; it goes on until the best rate is not the smallest or largest
+RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (8e-3, 1.6e-2, 3.2e-2), "adapters (two a block)": (8e-3, 1.6e-2, 3.2e-2),
+         "adapters (one a block)": (8e-3, 1.6e-2, 3.2e-2), "prefix": (0.064, 0.128, 0.256), "prompt": (0.064, 0.128, 0.256),
+         "BitFit": (0.032, 0.064, 0.128)}
 
 
 def equal_budget(config: LlamaConfig, rank: int = RANK) -> dict[str, int]:
@@ -64,3 +79,30 @@ def latency(rounds: int = 20, models: tuple[str, ...] = ("fable", "135M")) -> di
     return {"settings": {"rank": RANK, "rounds": rounds} | equal_budget(load_pretrained()[0].config)
             | {"tokens decoded": TOKENS, "decoding": "batch 1", "weights of 135M": "random",
                "left out": [f"135M at {batch} x {length}: minutes on a CPU" for batch, length in left_out]}, "models": found}
+
+
+def methods(tales_file: str | None = None, steps: int = 120, every: int = 20, seeds=SEEDS, n: int = 400, names=METHODS,
+            scratch: str | None = None) -> dict:
+    """Each method at its best rate, three seeds; and the prefix once more with four times the steps, for it is the slowest of its size.
+
+    `scratch`: a folder where each finished method is kept, to go on from.
+    """
+    tales, task = tales_to_forget(tales_file), Task("bistro", load_pretrained()[1], n)
+    how = {"steps": steps, "every": every}
+    found = {name: kept(scratch, name, lambda: tuned_and_repeated(task, name, tales, seeds, rates=RATES[name], **how)) for name in names}
+    patient = said(run(task, "prefix", found["prefix"]["lr"], seeds[0], tales, 4 * steps, 4 * every, slots=True), task, "prefix")
+    return {"settings": {"task": "bistro", "batch": BATCH, "steps": steps, "seeds": list(seeds), "tuning seed": 0,
+                         "rules not kept": f"{len(seeds)} seeds in place of five, to stay within half an hour on a CPU; one task; BitFit "
+                                           "and the prompt cannot have the budget"},
+            "before": before([task], tales), "methods": found, "patient": patient}
+
+
+def kept(scratch: str | None, name: str, make: Callable[[], dict]) -> dict:
+    """What an earlier call made, if it is in the folder; else made now, and put there."""
+    if not scratch:
+        return make()
+    file = Path(scratch) / f"methods {name}.json"
+    if not file.is_file():
+        found = make()
+        write_whole(file, lambda part: part.write_text(json.dumps(found), encoding="utf-8"))
+    return json.loads(file.read_text(encoding="utf-8"))
