@@ -1,14 +1,15 @@
-"""The record of notebook 06: it runs end to end on tiny models, and holds what the notebook reads."""
+"""The records of notebook 06: they run end to end on tiny models, and hold what the notebook reads."""
 import json
 
 import pytest
 import torch
 
-from lora_edu import apply_lora, load_pretrained, record_merge
+from lora_edu import apply_lora, load_pretrained, record, record_merge
 from lora_edu.measure.latency import Times
 from lora_edu.models.baselines import apply_adapters, apply_prefix
 from lora_edu.models.llama import Llama
 from lora_edu.record_merge import SMOLLM2, equal_budget, latency, table
+from lora_edu.training.methods import METHODS
 from tests.lora.tiny import our_llama
 
 VARIANTS = ["base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)", "adapters (one a block)", "prefix"]
@@ -116,3 +117,32 @@ def test_the_prefix_trains_what_the_formula_says():
 def test_smollm2_has_its_size():
     with torch.device("meta"):
         assert sum(p.numel() for p in Llama(SMOLLM2).parameters()) == 134_515_008
+
+
+# methods
+
+def test_methods_has_what_the_notebook_reads_and_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
+    tried, tales_from = [], record.corpora.tales_from
+    monkeypatch.setattr(record.corpora, "tales_from", lambda model, tokenizer, n, length: tales_from(model, tokenizer, n=4, length=32))
+    monkeypatch.setattr(record, "tune", lambda rates, one_run: tried.append(rates) or [one_run(rates[1])])
+    monkeypatch.setattr(record, "sixteen_bits", lambda device: None)
+    names = ("prefix", "BitFit")
+    made = record_merge.methods(steps=2, every=1, seeds=(1, 2), n=8, names=names, scratch=str(tmp_path))
+    assert tried == [record_merge.RATES[name] for name in names]
+    for name, count in zip(names, (155_648, 10_624)):
+        found = made["methods"][name]
+        assert found["lr"] == record_merge.RATES[name][1] and [run["seed"] for run in found["runs"]] == [1, 2]
+        for run in found["runs"]:
+            assert run["trainable"] == count and [step for step, *_ in run["path"]] == [1, 2] and len(run["shares"]) == 8
+    assert [step for step, *_ in made["patient"]["path"]] == [4, 8]
+    assert made["before"]["task"]["bistro"]["test"] > 3 and "its own" in made["before"]["tales"]
+    tried.clear()
+    assert record_merge.methods(steps=2, every=1, seeds=(1, 2), n=8, names=names, scratch=str(tmp_path))["methods"] == made["methods"]
+    assert tried == []
+    json.dumps(made, allow_nan=False)
+
+
+def test_every_method_searches_the_same_way():
+    """Three rates a factor of two apart for each, widened by `record.tune` alike."""
+    assert tuple(record_merge.RATES) == METHODS
+    assert all(len(rates) == 3 and rates[1] == 2 * rates[0] and rates[2] == 4 * rates[0] for rates in record_merge.RATES.values())

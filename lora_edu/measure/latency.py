@@ -2,7 +2,8 @@
 
 Times vary from run to run and from machine to machine. So the variants take turns in one process, in a new order each round, and what
 is compared is a ratio of two times of the same round: a machine that slows down slows both. The operators do not vary: what a variant
-runs beyond the base is the cause of what it costs, and that is what can be claimed. Read `interleaved`, then `operators`.
+runs beyond the base is the cause of what it costs, and that is what can be claimed. Read `interleaved`, then `operators` and
+`chained_products`.
 """
 import copy
 import os
@@ -15,7 +16,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lora_edu.lora.apply import apply_lora, lora_layers, merge_lora, remove_lora
+from lora_edu.lora.apply import apply_lora, lora_layers, merge_lora, remove_lora, share_weights
+from lora_edu.models.baselines import apply_adapters, apply_prefix
+
+PRODUCTS = ("MmBackward", "AddmmBackward", "BmmBackward", "LinearBackward")     # autograd's names for them
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,27 @@ def matrix_products(names: list[str]) -> int:
     return sum(name in ("aten::mm", "aten::addmm", "aten::bmm") for name in names)
 
 
+def chained_products(model: nn.Module, ids: torch.Tensor) -> int:
+    """How many matrix products stand in the longest chain in which each needs the one before it: the depth of the work.
+
+    Read off the graph that autograd would walk back, of a copy in which all weights train. Products that need nothing of each other
+    (queries, keys and values) count once, those inside fused attention not at all.
+    """
+    twin = share_weights(model).requires_grad_(True)
+    with torch.enable_grad():
+        end = twin(ids).grad_fn
+    depth, open_nodes = {None: 0}, [end]
+    while open_nodes:                                  # no recursion: the graph of a deep model is deeper than Python's stack
+        node = open_nodes[-1]
+        before = [each for each, _ in node.next_functions]
+        if missing := [each for each in before if each not in depth]:
+            open_nodes += missing
+        else:
+            depth[node] = max((depth[each] for each in before), default=0) + node.name().startswith(PRODUCTS)
+            open_nodes.pop()
+    return depth[end]
+
+
 def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int = 76) -> dict[str, nn.Module]:
     """The base as it is and changed by each method, in eval mode; `base` itself is left alone.
 
@@ -176,7 +201,6 @@ def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int =
         bottleneck: of the two adapters of a block (Houlsby); a single one (Lin) has twice as many, for about the same count.
         prefix: trainable keys and values a layer, counted in positions. The defaults are equal budgets on fable, within 2 %.
     """
-    from lora_edu.models.baselines import apply_adapters, apply_prefix
     made = {name: copy.deepcopy(base) for name in ("base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)",
                                                    "adapters (one a block)", "prefix")}
     with torch.random.fork_rng():

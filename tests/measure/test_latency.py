@@ -9,7 +9,8 @@ import torch
 
 from lora_edu import LoRALinear, load_pretrained
 from lora_edu.measure import latency
-from lora_edu.measure.latency import Ratio, Times, decode, interleaved, matrix_products, operators, prefill, seconds_for, variants
+from lora_edu.measure.latency import (Ratio, Times, chained_products, decode, interleaved, matrix_products, operators, prefill,
+                                      seconds_for, variants)
 from tests.lora.tiny import IDS, our_llama
 
 LAYERS = 2
@@ -213,6 +214,23 @@ def test_who_runs_more_operators_than_the_base(models):
     base = 7 * LAYERS + 1
     assert products == {"base": base, "LoRA": base + 2 * 7 * LAYERS, "LoRA merged": base, "merged and unloaded": base,
                         "adapters (two a block)": base + 4 * LAYERS, "adapters (one a block)": base + 2 * LAYERS, "prefix": base}
+
+
+def test_how_deep_the_work_is(models):
+    """By hand, a block: q, k, v side by side, o behind them, gate and up side by side, down: four; LoRA's two stand beside W₀'s one."""
+    depth = {name: chained_products(model, IDS) for name, model in models.items()}
+    base = 4 * LAYERS + 1
+    assert depth == {"base": base, "LoRA": base + 4 * LAYERS, "LoRA merged": base, "merged and unloaded": base,
+                     "adapters (two a block)": base + 4 * LAYERS, "adapters (one a block)": base + 2 * LAYERS, "prefix": base}
+
+
+def test_a_chain_is_counted_whatever_trains_and_the_model_is_left_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3, bias=False)).requires_grad_(False)
+    with torch.no_grad():
+        assert chained_products(model, torch.ones(2, 3)) == chained_products(model, torch.ones(1, 2, 3)) == 2
+    assert not any(p.requires_grad for p in model.parameters()) and all(p.grad is None for p in model.parameters())
+    deep = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(3000)))
+    assert chained_products(deep, torch.ones(1, 1)) == 3000
 
 
 def test_the_operators_stand_in_their_order():

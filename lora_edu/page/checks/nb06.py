@@ -14,7 +14,8 @@ from lora_edu.page.checks.nb01 import randn
 from lora_edu.page.checks.nb03 import _is
 from lora_edu.page.exercises import Verdict, _not_attempted, _say, check, check_match
 from lora_edu.page.merge_lab import losses_at, twin_in
-from lora_edu.training import bistro
+from lora_edu.training import bistro, corpora
+from lora_edu.training.loop import Batch
 
 SQUARE = "model.layers.3.self_attn.q_proj"       # exercise 6.2: transposed, its update has the shape it should have
 MERGES: dict[str, tuple[str, Callable]] = {      # what was added to W₀, given B @ A and the scaling
@@ -84,6 +85,30 @@ def check_merges(answers: dict[str, str | None] | None) -> Verdict:
                               "B": "measure how much of ΔW its change holds, and how much of ΔW.T.",
                               "C": "its change points along ΔW. How long is it?",
                               "D": "its change points along ΔW. How long is it, and what is this adapter's scaling?"})
+
+
+def far_cards(tokenizer, filler: torch.Tensor, length: int, room: int = 512, n: int = 24) -> Batch:
+    """Section 4: restaurant cards that stand far from their sentence, as a batch (inputs, targets) that counts the sentence alone.
+
+    Args:
+        filler: tokens (N,) of tales, of which as many stand between a card and the arrow as make a prompt of `length` tokens.
+        room: how many tokens the model can read; what is too long loses its oldest, and those are the card's.
+    """
+    rows, arrow, place = [], tokenizer.encode("\n=>").ids, 0
+    for record, sentence in bistro.examples("test", n):
+        card = tokenizer.encode(bistro.prompt(record).removesuffix("\n=>")).ids
+        between = length - len(card) - len(arrow)
+        if not 0 <= between <= len(filler):
+            raise ValueError(f"length={length}: a card and its arrow have {len(card) + len(arrow)} tokens and there are {len(filler)} of "
+                             "tales; choose a length between.")
+        place = place if place + between <= len(filler) else 0
+        said = tokenizer.encode(" " + sentence).ids + [corpora.end_token(tokenizer)]
+        ids = card + filler[place:place + between].tolist() + arrow + said
+        place += between
+        rows.append((ids[:-1][-room:], ([-100] * (length - 1) + said)[-room:]))
+    width = max(len(ids) for ids, _ in rows)
+    inputs = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+    return inputs, torch.tensor([wanted + [-100] * (width - len(wanted)) for _, wanted in rows])
 
 
 def check_prefix_cost(student) -> Verdict:

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from lora_edu import load_pretrained
 from lora_edu.page.checks import nb06
+from lora_edu.training import bistro
 
 
 def product(lora_A, lora_B, alpha):
@@ -173,3 +175,34 @@ GOOD = {"A": "merge", "B": "keep apart", "C": "merge", "D": "merge in float32"}
 def test_the_choices_are_judged_by_what_was_measured(answers, passed, says, capsys, monkeypatch):
     monkeypatch.setattr(nb06, "consequences", lambda: {name: dict(zip(nb06.PLANS, costs)) for name, costs in MEASURED.items()})
     assert nb06.check_choice(answers).passed is passed and says in capsys.readouterr().out
+
+
+# section 4
+
+def test_far_cards_put_a_card_as_far_from_its_sentence_as_was_asked():
+    tokenizer, filler = load_pretrained()[1], torch.arange(300, 1300)
+    inputs, targets = nb06.far_cards(tokenizer, filler, 200, n=5)
+    counted = (targets != -100)
+    assert inputs.shape == targets.shape and (counted.int().argmax(1) == 199).all(), "the first counted token follows a prompt of 200"
+    for (record, sentence), row, wanted in zip(bistro.examples("test", 5), inputs, targets):
+        text = tokenizer.decode(wanted[wanted != -100].tolist(), skip_special_tokens=False)
+        assert text == f" {sentence}<|endoftext|>"
+        assert tokenizer.decode(row[:200].tolist()).startswith(bistro.prompt(record).removesuffix("\n=>"))
+        assert tokenizer.decode(row[:200].tolist()).endswith("\n=>")
+    near = nb06.far_cards(tokenizer, filler, 60, n=5)
+    assert torch.equal(near[1][near[1] != -100], targets[counted]), "the same sentences at any distance"
+
+
+def test_what_has_no_room_loses_its_oldest_tokens():
+    tokenizer, filler = load_pretrained()[1], torch.arange(300, 1300)
+    whole, cut = (nb06.far_cards(tokenizer, filler, 200, room=room, n=5) for room in (512, 150))
+    assert cut[0].shape[1] == 150 and torch.equal(cut[1][cut[1] != -100], whole[1][whole[1] != -100])
+    for row, wanted, short in zip(*whole, cut[0]):
+        length = int((wanted != -100).nonzero()[-1]) + 1
+        assert torch.equal(short, row[length - 150:length])
+
+
+@pytest.mark.parametrize("length", [20, 5000])
+def test_a_distance_that_cannot_be_is_refused(length):
+    with pytest.raises(ValueError, match=f"length={length}: a card and its arrow have"):
+        nb06.far_cards(load_pretrained()[1], torch.arange(1000), length)
