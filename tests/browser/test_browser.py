@@ -7,8 +7,8 @@ pytestmark = pytest.mark.browser
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # How many sliders each has: the dial, the picture's rank, the picker's rank, the explorer's layer and rank, the trainer's rank
-# and learning rate (its alpha is locked) and the grid's.
-PLAYED = {"00_": 1, "01_": 1, "02_": 1, "03_": 2, "04_": 4}
+# and learning rate (its alpha is locked) and the grid's, the merge lab's strength and factor.
+PLAYED = {"00_": 1, "01_": 1, "02_": 1, "03_": 2, "04_": 4, "06_": 2}
 WRITTEN = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name.startswith(tuple(PLAYED))]
 
 DIAL = """
