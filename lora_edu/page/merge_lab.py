@@ -107,8 +107,8 @@ class _Picture:
         shades = ListedColormap(colormaps["Blues"](np.linspace(0, 0.65, 64))).with_extremes(bad=BLACK)     # reads without colour
         self.image = corner.imshow(np.zeros((CORNER, CORNER)), cmap=shades, vmin=0, vmax=1, interpolation="nearest")
         corner.grid(visible=False)
-        corner.set(xlabel="column (input)", ylabel="row (output)", title="error of each entry")
-        self.fig.colorbar(self.image, ax=corner, shrink=0.8, ticks=(0, 0.5, 1), label="0: arrived   black: rounded away")
+        corner.set(xlabel="column (input)", ylabel="row (output)", title="error of each entry\n(black: rounded away)")
+        self.fig.colorbar(self.image, ax=corner, shrink=0.8, ticks=(0, 0.5, 1))
         for i, (dtype, found) in enumerate(lines.items()):
             middle.loglog([each.size for each in found], [each.error for each in found], label=dtype, markevery=4, **look(i))
         middle.set(ylim=(1e-9, 1e2), xlabel=r"$\|\Delta W\| / \|W_0\|$ (no unit)", title="error of the whole update",
@@ -120,8 +120,8 @@ class _Picture:
         self.line = right.axvline(0, color=BLACK, linewidth=0.8)
         dot = dict(color=BLACK, marker="o", markersize=8, linestyle="none", zorder=4)
         self.error, self.measured = middle.plot([], [], **dot)[0], right.plot([], [], **dot)[0]
-        for ax in (middle, right):
-            ax.legend(frameon=False, fontsize=8)
+        for ax, where in ((middle, "upper right"), (right, "upper center")):
+            ax.legend(frameon=False, fontsize=8, loc=where)
 
     def draw(self, found: Rounding, corner: np.ndarray, strength: float, losses: tuple[float, float]) -> None:
         self.image.set(data=corner, extent=(-0.5, corner.shape[1] - 0.5, corner.shape[0] - 0.5, -0.5))
