@@ -1,4 +1,4 @@
-"""The command `lora-edu`: what fine-tuning changed (`spectrum`), and a LoRA cut out of it (`extract`)."""
+"""The command `lora-edu`: what fine-tuning changed (`spectrum`), a LoRA cut out of it (`extract`), what training costs (`memory`)."""
 import argparse
 import json
 import math
@@ -13,8 +13,11 @@ from tqdm import tqdm
 from lora_edu.files import checksum, write_whole
 from lora_edu.lora.extract import Deltas, deltas, extract_lora
 from lora_edu.lora.report import text_table
+from lora_edu.measure.memory import HEAD as MEMORY_HEAD
+from lora_edu.measure.memory import OPTIMIZERS, RECIPES, bill
 from lora_edu.measure.spectra import spectrum
 from lora_edu.models.pretrained import FABLE
+from lora_edu.models.sizes import PRESETS, sizes_of
 
 SIDES = "'fable', a folder, a .safetensors file, an old .bin or .pt file, or a name on the hub (owner/name)"
 HEAD = ("matrix", "shape", "change", "rank for 90 %", "effective rank", "stable rank", "above noise edge")
@@ -45,7 +48,34 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("base", metavar="BASE", help="the model before: " + SIDES)
         verb.add_argument("tuned", metavar="TUNED", help="the model after full fine-tuning")
         verb.set_defaults(run=run)
+    add_memory(verbs.add_parser("memory", help="what a training step needs in memory, by formula",
+                                description="What a training step needs in memory, by formula: no weights are read, none need exist."))
     return top
+
+
+def add_memory(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help=f"a preset ({', '.join(PRESETS)}), a config.json, a folder that has one, or a name on "
+                                                     "the hub (owner/name)")
+    verb.add_argument("--method", choices=("lora", "full"), default="lora", help="default: lora")
+    verb.add_argument("--rank", type=int, default=8, help="of the LoRA, default: 8")
+    verb.add_argument("--targets", default="all-linear", help="names of matrices with commas, such as q_proj,v_proj; default: all-linear")
+    verb.add_argument("--recipe", choices=RECIPES, default="bf16-mixed", help="how numbers are stored, default: bf16-mixed")
+    verb.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="default: adam")
+    verb.add_argument("--batch", type=int, default=1, help="texts in a step, default: 1")
+    verb.add_argument("--length", type=int, help="tokens of a text; default: 2048, or the model's context where that is shorter")
+    verb.add_argument("--checkpointing", action="store_true", help="keep each block's input alone, and compute the block again")
+    verb.set_defaults(run=show_memory)
+
+
+def show_memory(args: argparse.Namespace) -> None:
+    sizes = sizes_of(args.model)
+    targets = args.targets if args.targets == "all-linear" else tuple(args.targets.split(","))
+    length = min(2048, sizes.context) if args.length is None else args.length
+    said = bill(sizes, args.method, args.rank, targets, args.recipe, args.optimizer, args.batch, length, args.checkpointing)
+    method = "full fine-tuning" if args.method == "full" else f"LoRA rank {args.rank} on {args.targets}"
+    print(f"{args.model}: {said.parameters:,} parameters; {said.trainable:,} numbers train.")
+    print(f"{method}, {args.recipe}, {args.optimizer}, {args.batch} x {length} tokens" + ", checkpointing" * args.checkpointing)
+    print(text_table([MEMORY_HEAD, *said.rows()]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The command lora-edu: its two verbs give the library's numbers, and errors are one line."""
+"""The command lora-edu: its verbs give the library's numbers, and errors are one line."""
 import hashlib
 import json
 import subprocess
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_edu import cli, load_pretrained
 from lora_edu.lora.extract import deltas
+from lora_edu.measure.memory import bill
 from lora_edu.models.pretrained import FABLE
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -159,3 +160,27 @@ def test_it_runs_as_a_module_without_matplotlib_or_ipywidgets():
     code = "import sys; sys.modules.update(matplotlib=None, ipywidgets=None); from lora_edu import cli; sys.exit(cli.main([]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "spectrum" in done.stdout and "extract" in done.stdout, done.stderr
+
+
+def test_memory_prints_the_parameters_and_every_sum(capsys):
+    assert cli.main(["memory", "llama-7b", "--rank", "4", "--targets", "q_proj,v_proj", "--length", "512", "--checkpointing"]) == 0
+    said = capsys.readouterr().out
+    assert "6,738,415,616 parameters; 2,097,152 numbers train" in said and "LoRA rank 4 on q_proj,v_proj" in said
+    want = bill("llama-7b", rank=4, targets=("q_proj", "v_proj"), length=512, checkpointing=True)
+    assert f"{want.total:,.0f}" in said and all(f"{value:,.0f}" in said for value in want.parts.values())
+
+
+def test_memory_of_a_folder_in_full_at_its_own_context(capsys):
+    assert cli.main(["memory", str(FABLE), "--method", "full", "--recipe", "fp32", "--optimizer", "sgd", "--batch", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "3 x 512 tokens" in said and f"{bill('fable', 'full', recipe='fp32', optimizer='sgd', batch=3, length=512).total:,.0f}" in said
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["lama-7b"], "did you mean 'llama-7b'"), (["llama-7b", "--rank", "5000"], "rank <= 4096"), (["llama-7b", "--batch", "-1"], "batch=-1"),
+    (["llama-7b", "--length", "0"], "length=0"), (["llama-7b", "--targets", "wq"], "named 'wq'"),
+    (["llama-7b", "--method", "full", "--recipe", "nf4"], "four bits")])
+def test_memory_refuses_in_one_line(arguments, message, capsys):
+    assert cli.main(["memory", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1

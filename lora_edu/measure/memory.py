@@ -1,0 +1,298 @@
+"""What training costs in memory: predicted by formula, and measured beside it.
+
+`bill` predicts. Read `RECIPES` first: bytes for each number that is stored; then `kept`, the rules of what autograd keeps for the backward
+pass, one line a tensor, which can be checked by hand. `measure` runs a step and counts what is really there.
+
+With N = batch · length tokens, C the hidden size, F the MLP's, a LoRA saves gradients and optimizer states, but most of what is kept is
+N · C or N · F and stays: the chain rule needs it to reach the first adapter.
+"""
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_edu.lora.report import html_table, text_table
+from lora_edu.models.sizes import Sizes, sizes_of
+
+GIB = 2**30
+
+
+class Recipe(NamedTuple):
+    """Bytes for each number: of a block's frozen matrices, of all else that is frozen; of what trains in full fine-tuning, its gradient, a
+    float32 copy that the optimizer keeps, one optimizer state; of an adapter's numbers (weight, gradient, state); of activations."""
+
+    frozen: float
+    other: int
+    trained: int
+    gradient: int
+    master: int
+    state: int
+    adapter: int
+    activation: int
+
+
+NF4 = 4 / 8 + 4 / 64                                 # Dettmers et al. (2023), section 3: four bits, a float32 constant for each 64
+NF4_DOUBLE = 4 / 8 + 1 / 64 + 4 / (64 * 256)         # constants in eight bits, and a float32 constant for each 256 of those
+RECIPES = {
+    "fp32": Recipe(4, 4, 4, 4, 0, 4, 4, 4),
+    "bf16-mixed": Recipe(2, 2, 2, 2, 4, 4, 4, 2),    # 16 bytes a number with Adam; adapters in float32, as PEFT makes them
+    "16-bit": Recipe(2, 2, 2, 2, 0, 2, 2, 2),
+    "nf4": Recipe(NF4, 2, 0, 0, 0, 4, 4, 2),         # adapters only: four bits do not train
+    "nf4-double": Recipe(NF4_DOUBLE, 2, 0, 0, 0, 4, 4, 2),
+}
+# states a number, and bytes of a state where the recipe does not say: 8-bit AdamW keeps a float32 constant for each 256
+OPTIMIZERS = {"sgd": (0, None), "adam": (2, None), "adamw-8bit": (2, 1 + 4 / 256)}
+
+
+class Kept(NamedTuple):
+    """A tensor that autograd keeps: what it is, its rule, how many numbers, bytes of each."""
+
+    what: str
+    rule: str
+    numbers: int
+    bytes_each: float
+
+    @property
+    def bytes(self) -> float:
+        return self.numbers * self.bytes_each
+
+
+def kept(sizes: Sizes, batch: int, length: int, targets=None, rank: int = 8, act: int = 4, factor: int = 4, first: bool = False
+         ) -> list[Kept]:
+    """What one block keeps for the backward pass, without dropout: the rules. Full fine-tuning where `targets` is None.
+
+    They hold for the course's `Llama`, for transformers' where every query head has a key head of its own (else it keeps fewer keys and
+    values), and for transformers' GPT-2 in float32; with fused attention, which keeps no matrix of scores.
+
+    Args:
+        act: bytes of an activation.
+        factor: bytes of an adapter's numbers; where they are wider than the activations, each adapted layer keeps a copy of its input.
+        first: the block is the first above a frozen embedding, so nothing behind its first adapter is kept.
+    """
+    N, C, F, q = batch * length, sizes.hidden, sizes.wide, sizes.heads * sizes.head_dim
+    full = targets is None
+    shapes = {} if full else sizes.adapted(targets, rank)
+    attention, out, inputs, down = (("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj") if sizes.kind == "gpt2" else (
+        ("q_proj", "k_proj", "v_proj"), "o_proj", ("gate_proj", "up_proj"), "down_proj")
+    rows: list[Kept] = []
+
+    def trains(*names: str) -> bool:
+        return full or any(name in shapes for name in names)
+
+    def keep(needed: bool, what: str, rule: str, numbers: int, each: float = act) -> None:
+        if needed:
+            rows.append(Kept(what, rule, numbers, each))
+
+    def read(names: tuple[str, ...], rule: str, numbers: int, there: bool = False) -> None:
+        """The input of linear layers: one for all of them, or a copy for each adapted one. `there`: something else keeps it already."""
+        copies = 1 if full or factor == act else sum(name in shapes for name in names)
+        if full or factor == act:
+            keep(trains(*names) and not there, f"input of {', '.join(names)}", rule, numbers)
+        else:
+            keep(copies > 0, f"input of {', '.join(names)}, in the adapters' type", f"{copies} · {rule}", copies * numbers, factor)
+
+    def norm(which: str) -> None:
+        if sizes.kind == "gpt2":
+            keep(flows, f"{which} norm: input", "N·C", N * C)
+            keep(flows, f"{which} norm: mean, 1/deviation", "2 · N", 2 * N, 4)
+        else:                                         # computed in float32, whatever comes in
+            keep(flows, f"{which} norm: input, 1/rms", "N·C + N", N * C + N, 4)
+            keep(full, f"{which} norm: normalised", "N·C", N * C)
+
+    flows = full or not first                         # does anything before this point train?
+    norm("first")
+    read(attention, "N·C", N * C)
+    attends = flows or trains(*attention)
+    keep(attends, "attention: queries, keys, values, output", "4 · N·H·D", 4 * N * q)
+    keep(attends, "attention: log of the sum in the softmax", "N·H", N * sizes.heads, 4)
+    read((out,), "N·H·D", N * q, there=attends)
+    flows = attends or trains(out)
+    norm("second")
+    read(inputs, "N·C", N * C)
+    if sizes.kind == "gpt2":
+        keep(flows or trains(*inputs), "GELU: input, half of it, tanh, 1 + tanh", "4 · N·F", 4 * N * F)
+    else:
+        keep(flows or trains("gate_proj"), "SiLU: input, and the factor from up_proj", "2 · N·F", 2 * N * F)
+        keep(flows or trains("up_proj"), "SiLU: output", "N·F", N * F)
+    read((down,), "N·F", N * F)
+    for name, (rows_of_B, _) in shapes.items():
+        keep(True, f"adapter of {name}: x Aᵀ, and B laid out anew", "N·r + r·out", N * rank + rank * rows_of_B, factor)
+    return rows
+
+
+def kept_outside(sizes: Sizes, batch: int, length: int, full: bool, act: int = 4) -> list[Kept]:
+    """What is kept beside the blocks: positions, the last norm, the loss."""
+    N, C = batch * length, sizes.hidden
+    rows = [Kept("loss: log-probabilities", "N·V", N * sizes.vocab, 4), Kept("loss: targets", "N", N, 8), Kept("loss: count", "1", 1, 4)]
+    if sizes.kind == "gpt2":
+        rows += [Kept("last norm: input", "N·C", N * C, act), Kept("last norm: mean, 1/deviation", "2 · N", 2 * N, 4)]
+        return rows + full * [Kept("embedding: ids", "N", N, 8), Kept("embedding: positions", "T", length, 8),
+                              Kept("last norm: output", "N·C", N * C, act)]
+    rows += [Kept("rotary cos, sin", "2 · T·D", 2 * length * sizes.head_dim, act),
+             Kept("last norm: input, 1/rms", "N·C + N", N * C + N, 4)]
+    return rows + full * [Kept("embedding: ids", "N", N, 8), Kept("last norm: normalised, output", "2 · N·C", 2 * N * C, act)]
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Predicted bytes by category. `tensors`: (how many blocks, what they keep), the rules behind the activations."""
+
+    model: str
+    parameters: int
+    trainable: int
+    parts: dict[str, float]
+    tensors: tuple[tuple[int, Kept], ...]
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        return [(name, f"{value:,.0f}", f"{value / GIB:,.2f}") for name, value in (*self.parts.items(), ("total", self.total))]
+
+    def summary(self) -> str:
+        return f"{self.model}: {self.parameters:,} parameters; {self.trainable:,} numbers train."
+
+    def __repr__(self) -> str:
+        return self.summary() + "\n" + text_table([HEAD, *self.rows()])
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self.summary()}</p>" + html_table([HEAD, *self.rows()])
+
+
+HEAD = ("", "bytes", "GiB")
+
+
+def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-linear", recipe: str = "bf16-mixed", optimizer: str = "adam",
+         batch: int = 1, length: int = 2048, checkpointing: bool = False) -> Bill:
+    """What a training step needs, by category, from sizes alone.
+
+    Args:
+        model: a preset, a config.json, a folder with one, a name on the hub, or `Sizes`.
+        method: "full" (everything trains) or "lora" (rank and targets, as in `apply_lora`).
+        recipe, optimizer: keys of `RECIPES` and `OPTIMIZERS`.
+        checkpointing: each block keeps its input alone and is computed again in the backward pass.
+
+    "temporary" is the larger of two moments: the logits with their gradient, and, with checkpointing, the one block that is there again.
+    "allocator" is an allowance of 5 % on what comes and goes, a guess and no prediction: a CPU's accounting does not need it.
+
+    Raises:
+        ValueError: an unknown name, a batch or length that is no whole number above zero, a length beyond the context, a rank that does not
+            fit, full fine-tuning of four-bit weights.
+    """
+    sizes = model if isinstance(model, Sizes) else sizes_of(model)
+    for name, value, known in (("recipe", recipe, RECIPES), ("optimizer", optimizer, OPTIMIZERS), ("method", method, ("full", "lora"))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}.")
+    for name, value in (("batch", batch), ("length", length)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: choose a whole number, 1 or more.")
+    if length > sizes.context:
+        raise ValueError(f"length={length} does not fit: the model reads at most {sizes.context:,} tokens.")
+    full, byte = method == "full", RECIPES[recipe]
+    if full and not byte.trained:
+        raise ValueError(f"recipe={recipe!r} stores the weights in four bits, and those do not train: choose method='lora', or another.")
+    P, linear = sizes.parameters(), sizes.linear()
+    trainable = P if full else sizes.adapter(targets, rank)
+    states, each = OPTIMIZERS[optimizer]
+    parts = {
+        "weights": P * byte.trained if full else linear * byte.frozen + (P - linear) * byte.other,
+        "adapter": 0 if full else trainable * byte.adapter,
+        "gradients": trainable * (byte.gradient if full else byte.adapter),
+        "optimizer states": trainable * (states * (each or (byte.state if full else byte.adapter)) + (byte.master if full else 0)),
+    }
+    act, N = byte.activation, batch * length
+    blocks = [kept(sizes, batch, length, None if full else targets, rank, act, byte.adapter, first) for first in (not full, False)]
+    again = 0.0
+    if checkpointing:
+        again = sum(row.bytes for row in blocks[1])
+        blocks = [[Kept("input of the block", "N·C", N * sizes.hidden, act)]] * 2
+    tensors = [(1, row) for row in (*kept_outside(sizes, batch, length, full, act), *blocks[0])]
+    tensors += [(sizes.layers - 1, row) for row in blocks[1] if sizes.layers > 1]
+    parts["activations"] = sum(times * row.bytes for times, row in tensors)
+    parts["temporary"] = max(N * sizes.vocab * (act + 4), again)
+    parts["allocator (an allowance)"] = 0.05 * (parts["activations"] + parts["temporary"])
+    name = model if isinstance(model, str) else f"a {sizes.kind} model"
+    return Bill(name, P, trainable, parts, tuple(tensors))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes that were there: `kept` is every tensor that autograd kept, (shape, dtype, bytes), storage that is shared counted once.
+
+    `peak`: the most that was allocated on a CUDA device during the step; None elsewhere.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    states: int
+    kept: tuple[tuple[tuple[int, ...], torch.dtype, int], ...]
+    peak: int | None
+
+    @property
+    def activations(self) -> int:
+        return sum(size for _, _, size in self.kept)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Under the names of `Bill.parts`."""
+        return {"weights": self.weights, "adapter": self.adapter, "gradients": self.gradients, "optimizer states": self.states,
+                "activations": self.activations}
+
+
+def measure(model: nn.Module, loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer | None = None) -> Measured:
+    """Run one training step and count. The model's weights are not what is counted as kept, nor are views of what is counted already.
+
+    Args:
+        loss: computes the loss of the step, a scalar: ``lambda: loss_on(model, batch)``.
+        optimizer: takes a step, so that its states exist; without one there are none.
+
+    Raises:
+        ValueError: the loss is not a scalar that anything trainable leads to.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, tuple] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.nbytes():
+            found.setdefault(storage.data_ptr(), (storage, tuple(tensor.shape), tensor.dtype))     # held, so that no address is used twice
+        return tensor
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model.zero_grad(set_to_none=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss()
+    if value.ndim or not value.requires_grad:
+        raise ValueError(f"the loss has shape {tuple(value.shape)} and " + ("depends on" if value.requires_grad else "depends on nothing")
+                         + " that trains: return one number, of a model in which something trains.")
+    kept_tensors = tuple((shape, dtype, storage.nbytes()) for storage, shape, dtype in found.values())
+    found.clear()
+    value.backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    states = 0
+    if optimizer is not None:
+        optimizer.step()
+        states = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values()
+                     if isinstance(tensor, torch.Tensor) and tensor.ndim)          # step counters are numbers
+    model.zero_grad(set_to_none=True)
+    adapter = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+    return Measured(sum(p.nbytes for p in model.parameters()) - adapter, adapter, gradients, states, kept_tensors,
+                    torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Gradient checkpointing for the course's `Llama`: each block keeps its input, and is computed again in the backward pass.
+
+    The gradients stay the same, bit for bit; models of transformers have a method for it. Source: Chen et al. (2016), arXiv:1604.06174.
+    """
+    for block in model.model["layers"]:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
