@@ -7,8 +7,9 @@ pytestmark = pytest.mark.browser
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # How many sliders each has: the dial, the picture's rank, the picker's rank, the explorer's layer and rank, the trainer's rank
-# and learning rate (its alpha is locked) and the grid's, the merge lab's strength and factor.
-PLAYED = {"00_": 1, "01_": 1, "02_": 1, "03_": 2, "04_": 4, "06_": 2}
+# and learning rate (its alpha is locked) and the grid's, the calculator's rank, batch
+# and length, the merge lab's strength and factor.
+PLAYED = {"00_": 1, "01_": 1, "02_": 1, "03_": 2, "04_": 4, "05_": 3, "06_": 2}
 WRITTEN = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name.startswith(tuple(PLAYED))]
 
 DIAL = """
