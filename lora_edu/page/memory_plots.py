@@ -58,13 +58,15 @@ def plot_beside(pairs: dict[str, tuple[Bill, Measured]], title: str) -> Figure:
     """Predicted (filled) beside measured (outlined), MB by category, one panel a model."""
     fig, panels = new_figure(width=3.6 * len(pairs), height=3.2, columns=len(pairs))
     fig.suptitle(title)
+    largest = max(size / 1e6 for pair in pairs.values() for parts in (pair[0].parts, pair[1].parts) for part, size in parts.items()
+                  if part in pair[1].parts)
     for ax, (name, (bill, measured)) in zip([panels] if len(pairs) == 1 else panels, pairs.items()):
         parts = list(measured.parts)
         rows = range(len(parts))
         ax.barh([row - 0.2 for row in rows], [bill.parts[part] / 1e6 for part in parts], height=0.36, color=BLUE, label="predicted")
         ax.barh([row + 0.2 for row in rows], list(size / 1e6 for size in measured.parts.values()), height=0.36, color="white",
                 edgecolor=BLACK, hatch="///", label="measured")
-        ax.set(title=name, xlabel="MB (10⁶ bytes)")
+        ax.set(title=name, xlabel="MB (10⁶ bytes)", xlim=(0, 1.1 * largest))
         ax.set_yticks(rows, labels=parts)
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)

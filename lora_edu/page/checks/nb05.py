@@ -6,7 +6,7 @@ from lora_edu.page.exercises import Verdict, _not_attempted, _say, check, check_
 from lora_edu.page.memory_plots import CARDS, GB
 
 CARD, TASK = "L4", dict(model="llama-3.1-8b", length=1024, rank=16)
-# exercise 5.3: what may be chosen; the rest is settled
+# exercise 5.4: what may be chosen; the rest is settled
 CHOICES = ("recipe", "batch", "checkpointing")
 
 
@@ -28,7 +28,7 @@ def check_adam_bytes(student) -> Verdict:
 
 
 def check_lora_count(student) -> Verdict:
-    """Exercise 5.2: the library's count of an adapter on sizes made up for it."""
+    """Exercise 5.3: the library's count of an adapter on sizes made up for it."""
     def sizes(layers, hidden, kv):
         return Sizes("llama", 10, hidden, 2 * hidden, layers, hidden // 4, kv // 4, 16, 4)
 
@@ -44,35 +44,35 @@ def check_lora_count(student) -> Verdict:
         return next((text for wrong, text in slips if _is(got, wrong)), None)
 
     cases = [(32, 64, 64, 8), (2, 48, 16, 4), (5, 32, 8, 1)]
-    return check("5.2", student, cases=cases, oracle=oracle, hint=hint)
+    return check("5.3", student, cases=cases, oracle=oracle, hint=hint)
 
 
 def billed(recipe: str, batch: int, checkpointing: bool) -> Bill:
-    """Exercise 5.3: the bill of a choice."""
+    """Exercise 5.4: the bill of a choice."""
     return bill(**TASK, recipe=recipe, batch=batch, checkpointing=checkpointing)
 
 
 def check_fit(choice) -> Verdict:
-    """Exercise 5.3: 32 texts a step at the least, on one card."""
+    """Exercise 5.4: 32 texts a step at the least, on one card."""
     if choice in (None, ...):
-        return _not_attempted("5.3")
+        return _not_attempted("5.4")
     try:
         recipe, batch, checkpointing = choice
         said = billed(recipe, batch, checkpointing)
     except (TypeError, ValueError) as error:
-        return _say("5.3", False, f"{choice!r} cannot be billed: {error}")
+        return _say("5.4", False, f"{choice!r} cannot be billed: {error}")
     room = CARDS[CARD] * GB
     if said.total > room:
         largest = max(said.parts, key=said.parts.get)
-        return _say("5.3", False, f"{said.total / GB:.1f} GB do not fit in {CARDS[CARD]}; the largest part is {largest}, "
+        return _say("5.4", False, f"{said.total / GB:.1f} GB do not fit in {CARDS[CARD]}; the largest part is {largest}, "
                                   f"{said.parts[largest] / GB:.1f} GB.")
     if batch < most(recipe, checkpointing):
-        return _say("5.3", False, f"{said.total / GB:.1f} GB: it fits, and with {recipe} "
+        return _say("5.4", False, f"{said.total / GB:.1f} GB: it fits, and with {recipe} "
                                   f"{'and' if checkpointing else 'without'} checkpointing a larger batch does, too.")
     best = max(most(each, on) for each in ("bf16-mixed", "16-bit", "nf4", "nf4-double") for on in (False, True))
     if batch < best:
-        return _say("5.3", False, f"{batch} is the most for these two; another recipe, or checkpointing, has room for {best}.")
-    return _say("5.3", True, f"correct: {said.total / GB:.1f} GB of {CARDS[CARD]}, and the largest batch there is.")
+        return _say("5.4", False, f"{batch} is the most for these two; another recipe, or checkpointing, has room for {best}.")
+    return _say("5.4", True, f"correct: {said.total / GB:.1f} GB of {CARDS[CARD]}, and the largest batch there is.")
 
 
 def most(recipe: str, checkpointing: bool) -> int:
@@ -84,8 +84,8 @@ def most(recipe: str, checkpointing: bool) -> int:
 
 
 def check_wrong_row(answer: str | None) -> Verdict:
-    """Exercise 5.4, the puzzle that opens the notebook."""
-    return check_choice("5.4", answer, right="65B with LoRA",
+    """Exercise 5.2, the puzzle that opens the notebook."""
+    return check_choice("5.2", answer, right="65B with LoRA",
                         because="16-bit weights of 65 billion parameters are 131 GB before anything trains; 80 GB needs a quantised base.",
                         hints={"7B in full": "8 bytes for each of 7 billion parameters is 56 GB: a recipe (all in 16 bits), if not the "
                                              "article's own.",
