@@ -121,12 +121,22 @@ PRESETS = {
 }
 
 
+def config_on_the_hub(name: str) -> Path:
+    """The config.json alone, in the hub client's cache; no weights are fetched."""
+    from huggingface_hub import hf_hub_download
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (OSError, ValueError) as error:              # what the hub client raises: HTTP errors, no cached copy, a bad name
+        raise RuntimeError(f"{name!r} is no preset and no file, and the hub did not give its config.json: check the spelling and the "
+                           f"network ({str(error).strip().splitlines()[0]})") from error
+
+
 def sizes_of(name: str | Path) -> Sizes:
     """A preset, a config.json, a folder that has one, or a name on the hub (owner/name; needs a network).
 
     Raises:
         ValueError: no such preset, or a config that cannot be counted.
-        OSError: no file there, or the hub did not give it.
+        RuntimeError: the hub did not give it.
     """
     if str(name) in PRESETS:
         return PRESETS[str(name)]
@@ -137,8 +147,7 @@ def sizes_of(name: str | Path) -> Sizes:
             near = get_close_matches(str(name).lower(), PRESETS, n=1)
             raise ValueError(f"{str(name)!r} is no preset and no file" + (f"; did you mean {near[0]!r}?" if near else "") +
                              f" Choose one of {', '.join(PRESETS)}, a config.json, or a name on the hub such as owner/name.")
-        from huggingface_hub import hf_hub_download
-        file = Path(hf_hub_download(str(name), "config.json"))
+        file = config_on_the_hub(str(name))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,5 +1,8 @@
 """Sizes: published parameter counts, transformers and PEFT on the meta device as oracles, and every refusal."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from lora_edu.lora.apply import apply_lora
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import FABLE, load_pretrained
 from lora_edu.models.sizes import PRESETS, Sizes, sizes_of
+from tests.hub import local_hub
 
 PUBLISHED = {"llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-65b": 65_285_660_672, "llama-3.1-8b": 8_030_261_248,
              "llama-3.1-70b": 70_553_706_496, "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
@@ -108,3 +112,25 @@ def test_an_unknown_name_is_refused(name, said):
 def test_targets_and_ranks_that_do_not_fit_are_refused(targets, rank, said):
     with pytest.raises(ValueError, match=said):
         PRESETS["llama-7b"].adapter(targets, rank)
+
+
+def test_a_name_on_the_hub_needs_its_config_alone(tmp_path):
+    repo = tmp_path / "hub" / "owner" / "small"
+    repo.mkdir(parents=True)
+    (repo / "config.json").write_text(json.dumps(LLAMA | {"model_type": "llama"}))
+    (repo / "model.safetensors").write_bytes(b"not wanted")
+    want = sum(p.numel() for p in Llama(LlamaConfig(**LLAMA)).parameters())
+
+    def asked_for(name, **more):
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0",
+                            "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))} | more
+        return subprocess.run([sys.executable, "-m", "lora_edu.cli", "memory", name, "--length", "8", "--rank", "2"], env=env,
+                              capture_output=True, text=True, timeout=120)
+    with local_hub(tmp_path / "hub") as (endpoint, asked):
+        found, nowhere = asked_for("owner/small"), asked_for("owner/nowhere")
+    assert found.returncode == 0 and f"owner/small: {want:,} parameters" in found.stdout
+    assert not [line for line in asked if "model.safetensors" in line]
+    assert nowhere.returncode == 1
+    assert nowhere.stderr.splitlines()[-1].startswith("lora-edu: 'owner/nowhere' is no preset and no file, and the hub did not give")
+    again = asked_for("owner/small", HF_HUB_OFFLINE="1")                    # the server is gone: from the cache
+    assert again.stdout == found.stdout
