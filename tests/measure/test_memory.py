@@ -156,10 +156,10 @@ def test_the_totals_are_sums_and_the_table_shows_them():
 
 
 def test_checkpointing_keeps_one_input_a_block_and_brings_one_block_back():
-    plain, spared = (bill("llama-7b", "full", checkpointing=on) for on in (False, True))
-    block = sum(row.bytes for row in kept(PRESETS["llama-7b"], 1, 2048, act=2))
-    assert plain.parts["activations"] - spared.parts["activations"] == 32 * (block - 2048 * 4096 * 2)
-    assert spared.parts["temporary"] == max(block, 2048 * 32000 * 6)
+    plain, spared = (bill("llama-65b", "full", checkpointing=on) for on in (False, True))
+    block, logits = sum(row.bytes for row in kept(PRESETS["llama-65b"], 1, 2048, act=2)), 2048 * 32000 * 6
+    assert plain.parts["activations"] - spared.parts["activations"] == 80 * (block - 2048 * 8192 * 2)
+    assert block > logits and plain.parts["temporary"] == logits and spared.parts["temporary"] == block
 
 
 def test_measure_counts_shared_storage_once_and_weights_never():

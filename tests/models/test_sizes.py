@@ -107,6 +107,7 @@ def test_an_unknown_name_is_refused(name, said):
 
 
 @pytest.mark.parametrize("targets, rank, said", [(("q_prj",), 8, "no matrix is named 'q_prj'"), ((), 8, "no target"),
+                                                 (("proj",), 8, "no matrix is named 'proj'"),
                                                  ("all-linear", 0, "rank=0"),
                                                  ("all-linear", 4097, "rank <= 4096"), (("q_proj",), True, "rank=True")])
 def test_targets_and_ranks_that_do_not_fit_are_refused(targets, rank, said):
