@@ -8,6 +8,7 @@ runs beyond the base is the cause of what it costs, and that is what can be clai
 import copy
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -157,8 +158,10 @@ def operators(model: nn.Module, ids: torch.Tensor) -> list[str]:
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")     # or the profiler (torch 2.13) writes two dated lines to stderr, into a notebook too
     model(ids)                                         # what only a first call does is left out
-    with profile(activities=[ProfilerActivity.CPU]) as taken:
-        model(ids)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")     # torch 2.11 says so at every use
+        with profile(activities=[ProfilerActivity.CPU]) as taken:
+            model(ids)
     events = [event for event in taken.events() if event.name.startswith("aten::")]
     return [event.name for event in sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))]
 
