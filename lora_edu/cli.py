@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from tqdm import tqdm
 from lora_edu.files import checksum, write_whole
 from lora_edu.lora.extract import Deltas, deltas, extract_lora
 from lora_edu.lora.report import text_table
-from lora_edu.measure.memory import HEAD as MEMORY_HEAD
 from lora_edu.measure.memory import OPTIMIZERS, RECIPES, bill
 from lora_edu.measure.spectra import spectrum
 from lora_edu.models.pretrained import FABLE
@@ -73,9 +73,8 @@ def show_memory(args: argparse.Namespace) -> None:
     length = min(2048, sizes.context) if args.length is None else args.length
     said = bill(sizes, args.method, args.rank, targets, args.recipe, args.optimizer, args.batch, length, args.checkpointing)
     method = "full fine-tuning" if args.method == "full" else f"LoRA rank {args.rank} on {args.targets}"
-    print(f"{args.model}: {said.parameters:,} parameters; {said.trainable:,} numbers train.")
     print(f"{method}, {args.recipe}, {args.optimizer}, {args.batch} x {length} tokens" + ", checkpointing" * args.checkpointing)
-    print(text_table([MEMORY_HEAD, *said.rows()]))
+    print(replace(said, model=args.model))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

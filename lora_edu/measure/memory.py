@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_edu.lora.report import html_table, text_table
 from lora_edu.models.sizes import Sizes, sizes_of
+from lora_edu.training.saved import saved_tensors
 
 GIB = 2**30
 
@@ -89,10 +90,10 @@ def kept(sizes: Sizes, batch: int, length: int, targets=None, rank: int = 8, act
 
     def read(names: tuple[str, ...], rule: str, numbers: int, there: bool = False) -> None:
         """The input of linear layers: one for all of them, or a copy for each adapted one. `there`: something else keeps it already."""
-        copies = 1 if full or factor == act else sum(name in shapes for name in names)
         if full or factor == act:
             keep(trains(*names) and not there, f"input of {', '.join(names)}", rule, numbers)
         else:
+            copies = sum(name in shapes for name in names)
             keep(copies > 0, f"input of {', '.join(names)}, in the adapters' type", f"{copies} · {rule}", copies * numbers, factor)
 
     def norm(which: str) -> None:
@@ -257,25 +258,18 @@ def measure(model: nn.Module, loss: Callable[[], torch.Tensor], optimizer: torch
         ValueError: the loss is not a scalar that anything trainable leads to.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    found: dict[int, tuple] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.nbytes():
-            found.setdefault(storage.data_ptr(), (storage, tuple(tensor.shape), tensor.dtype))     # held, so that no address is used twice
-        return tensor
-
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.zero_grad(set_to_none=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as found:
         value = loss()
     if value.ndim or not value.requires_grad:
         raise ValueError(f"the loss has shape {tuple(value.shape)} and " + ("depends on" if value.requires_grad else "depends on nothing")
                          + " that trains: return one number, of a model in which something trains.")
-    kept_tensors = tuple((shape, dtype, storage.nbytes()) for storage, shape, dtype in found.values())
-    found.clear()
+    kept_tensors = tuple((shape, dtype, storage.nbytes()) for pointer, (storage, shape, dtype) in found.items()
+                         if pointer not in own)
+    found.clear()                                     # held no longer: the peak is the step's, not the measurement's
     value.backward()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     states = 0

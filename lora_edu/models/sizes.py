@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from lora_edu.files import HUB_NAME
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -143,7 +145,7 @@ def sizes_of(name: str | Path) -> Sizes:
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        if str(name).count("/") != 1 or path.suffix == ".json":
+        if not HUB_NAME.fullmatch(str(name)) or path.suffix == ".json":
             near = get_close_matches(str(name).lower(), PRESETS, n=1)
             raise ValueError(f"{str(name)!r} is no preset and no file" + (f"; did you mean {near[0]!r}?" if near else "") +
                              f" Choose one of {', '.join(PRESETS)}, a config.json, or a name on the hub such as owner/name.")

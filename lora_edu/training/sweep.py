@@ -19,6 +19,7 @@ from lora_edu.files import write_whole
 from lora_edu.lora.report import html_table, text_table
 from lora_edu.lora.stack import Adapter, LoRAStack, targets_of
 from lora_edu.training.loop import Batch, loss_on, warmup_linear
+from lora_edu.training.saved import saved_tensors
 
 CPU, OTHERS = 8, 64      # adapters in a pass at most: a CPU is busy with fewer, and more leave its caches
 ROWS = 8      # of a held-out batch that every adapter reads at a time: as much as training takes, or less
@@ -283,17 +284,12 @@ def _bytes_for(model: nn.Module, adapter: Adapter, batch: Batch, autocast) -> fl
     """What training one adapter takes: every tensor that the forward pass keeps, two more of the logits' size, and 20 bytes a number."""
     stack = LoRAStack(model, [adapter])
     try:
-        kept, fixed = {}, {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        fixed = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
         device = next(model.parameters()).device
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
-                torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with saved_tensors() as saved, torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             sums, _ = group_losses(model, batch, 1)
         del sums
+        kept = {pointer: each.storage.nbytes() for pointer, each in saved.items()}
         numbers = sum(p.numel() for p in stack.parameters_of(0))
         widest = max(kept.values())
         return sum(size for pointer, size in kept.items() if pointer not in fixed) + 2 * widest + 20 * numbers

@@ -34,6 +34,25 @@ box = picture_with_controls(fig, update, level=ipywidgets.IntSlider(value=4, min
 """
 
 
+CALCULATOR = """
+from IPython.display import display
+from lora_edu.page.memory_calculator import memory_calculator
+box = memory_calculator("llama-7b")
+"""
+LAB = """
+import torch
+from IPython.display import display
+from lora_edu import load_pretrained
+from lora_edu.lora.peft_format import load_adapter
+from lora_edu.models.pretrained import BISTRO_ADAPTER
+from lora_edu.page.merge_lab import merge_lab
+model, _ = load_pretrained("fable")
+load_adapter(model, BISTRO_ADAPTER)
+ids = torch.arange(48).view(2, 24)
+box = merge_lab(model, "model.layers.3.mlp.down_proj", (ids, ids + 1), (ids, ids + 2))
+"""
+
+
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
 def test_the_notebook_runs_and_every_slider_moves_a_picture(path, open_notebook):
     with open_notebook(path) as page:
@@ -50,6 +69,36 @@ def test_a_connected_dial_moves_its_picture_and_its_text(open_cell):
         assert "strength 1.00: new task 1.00, tales 4.00" in page.text() and "text 20" in page.text()
         page.check_slider(0)
         assert "strength 0.10" in page.text() and "text 2" in page.text()
+
+
+def test_lists_buttons_and_the_box_of_the_calculator_move_its_picture(open_cell):
+    with open_cell(CALCULATOR) as page:
+        page.run_all()
+        widget = page.page.locator(".jp-OutputArea-output")
+        moves = [lambda i=i, value=value: widget.locator("select").nth(i).select_option(value)
+                 for i, value in enumerate(("gpt2-xl", "attention", "nf4", "adamw-8bit"))]
+        moves += [lambda: widget.locator("input[type=checkbox]").check(),
+                  lambda: widget.locator("select").nth(2).select_option("16-bit"),           # four bits do not train in full
+                  lambda: page.click("full")]
+        for i, move in enumerate(moves):
+            before, said = page.settle(), page.text()
+            move()
+            page._wait_for_change(before, f"move {i}", timeout=30)
+            page.settle()
+            assert page.text() != said and "cannot be drawn" not in page.text(), i
+        assert page.errors() == [] and "gpt2-xl: 1,557,611,200 parameters; 1,557,611,200 numbers train" in page.text()
+
+
+def test_the_merge_labs_dtype_moves_its_picture(open_cell):
+    with open_cell(LAB) as page:
+        page.run_all()
+        for dtype in ("float16", "float32", "bfloat16"):
+            before = page.settle()
+            page.click(dtype)
+            page._wait_for_change(before, dtype, timeout=30)
+            page.settle()
+            assert page.text().startswith(f"{dtype}, strength 1.0")
+        assert page.errors() == []
 
 
 def test_a_disconnected_dial_fails_the_same_check(open_cell):

@@ -5,9 +5,7 @@ from lora_edu.page.checks.nb03 import _is
 from lora_edu.page.exercises import Verdict, _not_attempted, _say, check, check_choice
 from lora_edu.page.memory_plots import CARDS, GB
 
-CARD, TASK = "L4", dict(model="llama-3.1-8b", length=1024, rank=16)
-# exercise 5.4: what may be chosen; the rest is settled
-CHOICES = ("recipe", "batch", "checkpointing")
+CARD, TASK = "L4", dict(model="llama-3.1-8b", length=1024, rank=16)      # exercise 5.4: what is settled
 
 
 def check_adam_bytes(student) -> Verdict:
@@ -53,7 +51,7 @@ def billed(recipe: str, batch: int, checkpointing: bool) -> Bill:
 
 
 def check_fit(choice) -> Verdict:
-    """Exercise 5.4: 32 texts a step at the least, on one card."""
+    """Exercise 5.4: (recipe, batch, checkpointing) with the largest batch that one card has room for."""
     if choice in (None, ...):
         return _not_attempted("5.4")
     try:
