@@ -19,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lora_edu.lora.extract import deltas, truncated_svd
 from safetensors.torch import save_file
 
 from lora_edu import load_pretrained
-from lora_edu.lora.extract import deltas, extract_lora, truncated_svd
+from lora_edu.checkpoints.extract import extract_lora
 from lora_edu.measure.spectra import spectrum
 
 RANK, THREADS = 16, 2

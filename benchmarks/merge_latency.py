@@ -14,11 +14,12 @@ import argparse
 import torch
 
 from lora_edu import load_pretrained
-from lora_edu.lora.report import text_table
-from lora_edu.measure.latency import Times, interleaved, prefill, variants
+from lora_edu.course.records.merging import RANK, SHAPES, SMOLLM2, equal_budget
+from lora_edu.measure.timing import Times, interleaved, prefill
 from lora_edu.models.llama import Llama
 from lora_edu.models.pretrained import best_device
-from lora_edu.record_merge import RANK, SHAPES, SMOLLM2, equal_budget
+from lora_edu.rivals.methods import variants
+from lora_edu.tables import text_table
 
 MERGED, LOW, HIGH = "merged and unloaded", 0.97, 1.03
 

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from lora_edu import apply_lora, load_pretrained
-from lora_edu.lora.apply import find_targets, replace
-from lora_edu.training.methods import prepare
+from lora_edu.lora.inject import replace
+from lora_edu.lora.targets import find_targets
+from lora_edu.rivals.methods import prepare
 from lora_edu.training.loop import train
 
 RANK, ALPHA, BATCH, LENGTH, THREADS = 8, 16, 8, 128, 2

@@ -24,16 +24,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lora_edu import load_pretrained
-from lora_edu.lora.apply import find_targets
 from lora_edu.lora.layer import is_linear
-from lora_edu.lora.stack import Adapter, LoRAStack
+from lora_edu.lora.settings import LoRASettings
+from lora_edu.lora.stack import LoRAStack
+from lora_edu.lora.targets import find_targets
 from lora_edu.models.pretrained import best_device
 from lora_edu.training.loop import Batch, sixteen_bits, train
-from lora_edu.training.sweep import _fitting, side_by_side, train_stack
+from lora_edu.training.stacked import side_by_side, train_stack
+from lora_edu.training.sweep import _fitting
 
 RANKS = (1, 1, 2, 2, 4, 4, 8, 8, 16, 16, 24, 32, 32, 48, 64, 64)
 BATCH, LENGTH, THREADS, LR, MEMORY = 4, 64, 2, 1e-3, 4e9
-GRID = [Adapter(rank, 2 * rank, lr=LR, seed=i) for i, rank in enumerate(RANKS)]
+GRID = [LoRASettings(rank, 2 * rank, lr=LR, seed=i) for i, rank in enumerate(RANKS)]
 
 
 def batches() -> Iterator[Batch]:
@@ -51,7 +53,7 @@ def autocast() -> torch.dtype | None:
     return sixteen_bits(best_device()) if best_device().type == "cuda" else None
 
 
-def chunks() -> list[list[Adapter]]:
+def chunks() -> list[list[LoRASettings]]:
     """The grid as `sweep` cuts it."""
     model, left, cut = base(), sorted(GRID, key=lambda adapter: adapter.rank), []
     while left:
@@ -61,13 +63,13 @@ def chunks() -> list[list[Adapter]]:
     return cut
 
 
-def stacked(adapters: list[Adapter], steps: int):
+def stacked(adapters: list[LoRASettings], steps: int):
     """The training loop of one chunk."""
     stack = LoRAStack(base(), adapters)
     return train_stack(stack, (side_by_side([batch] * len(adapters)) for batch in batches()), steps, autocast=autocast())
 
 
-def alone(adapter: Adapter, steps: int):
+def alone(adapter: LoRASettings, steps: int):
     """The training loop of one PEFT run."""
     model = base()
     names = find_targets(model, {name: module for name, module in model.named_modules() if is_linear(module)}, "all-linear")
@@ -92,7 +94,7 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def one_round(cut: list[list[Adapter]], steps: int) -> tuple[float, float]:
+def one_round(cut: list[list[LoRASettings]], steps: int) -> tuple[float, float]:
     """Seconds for the whole grid, ours and PEFT's: a chunk, then the runs of that chunk one after another, and so on."""
     ours = theirs = 0.0
     for chunk in cut:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lora_edu.files import checksum, write_whole
-from lora_edu.lora.extract import Deltas, deltas, extract_lora
-from lora_edu.lora.report import text_table
+from lora_edu.checkpoints.deltas import Deltas, deltas
+from lora_edu.checkpoints.extract import extract_lora
+from lora_edu.files import checksum, write_text, write_whole
 from lora_edu.measure.memory import OPTIMIZERS, RECIPES, bill
 from lora_edu.measure.spectra import spectrum
 from lora_edu.models.pretrained import FABLE
 from lora_edu.models.sizes import PRESETS, sizes_of
+from lora_edu.tables import Table
 
 SIDES = "'fable', a folder, a .safetensors file, an old .bin or .pt file, or a name on the hub (owner/name)"
 HEAD = ("matrix", "shape", "change", "rank for 90 %", "effective rank", "stable rank", "above noise edge")
@@ -118,14 +119,14 @@ def show_spectrum(args: argparse.Namespace) -> None:
         raise ValueError(f"--plot {args.plot} is no .png file: give a name that ends in .png.")
     pair = deltas(source(args.base), source(args.tuned))
     measured, rows = measure(pair)
-    print(text_table([HEAD, *rows]) + "\n\n" + str(pair.report()))
+    print(str(Table(HEAD, rows)) + "\n\n" + str(pair.report()))
     if args.json:
         said = {"base": describe(args.base, pair.base), "tuned": describe(args.tuned, pair.tuned), "matrices": measured,
                 "others": [other._asdict() for other in pair.others]}
-        write_whole(args.json, lambda half: half.write_text(json.dumps(said) + "\n", encoding="utf-8"))
+        write_text(args.json, json.dumps(said) + "\n")
     if args.plot:
-        from lora_edu.page.plots import png                         # matplotlib, only for a picture
-        from lora_edu.page.spectrum_plots import plot_spectra
+        from lora_edu.course.figures.spectra import plot_spectra
+        from lora_edu.course.page.show import png  # matplotlib, only for a picture
         figure = plot_spectra({name: each["singular_values"] for name, each in measured.items()}, title=f"{args.base} to {args.tuned}")
         write_whole(args.plot, lambda half: half.write_bytes(png(figure)))
 

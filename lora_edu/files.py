@@ -1,11 +1,11 @@
-"""The tensors of a model that is not in memory: a folder, a safetensors file, or a name on the Hugging Face hub.
+"""The ground under models and checkpoints: tensors of a model that is not in memory, its config, and whole files or none.
 
-Below models/ and lora/, used by both; and two small things that everyone who has files needs, `checksum` and `write_whole`.
+A model on disk is a folder, a safetensors file, or a name on the Hugging Face hub. Nothing is unpickled here.
 """
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,14 +77,63 @@ def checksum(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def read_json(file: Path, what: str) -> dict:
+    """The settings in a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or holds something else than settings; `what` says in the message what should have been there.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:             # no JSON, or no UTF-8
+        raise ValueError(f"{file} is not JSON ({error}): give {what}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no settings: give {what}.")
+    return content
+
+
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Write under a temporary name, then move: `file` is there whole, or as it was."""
-    half = file.with_name(file.name + ".part")
+    write_together({file: write})
+
+
+def write_text(file: Path, text: str) -> None:
+    """A text file in UTF-8, whole or not at all."""
+    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Write several files under temporary names, then move them all; folders are made.
+
+    If that fails or is interrupted, what was new is taken away again, new folders too.
+    """
+    made = [folder for file in writers for folder in (file.parent, *file.parent.parents) if not folder.exists()]
+    new = [file for file in writers if not file.exists()]
+    half = {file: file.with_name(file.name + ".part") for file in writers}
     try:
-        write(half)
-        half.replace(file)
-    finally:
-        half.unlink(missing_ok=True)
+        for file, write in writers.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(half[file])
+        for file, part in half.items():
+            part.replace(file)
+    except BaseException:                   # Ctrl-C too
+        for file in (*half.values(), *new):
+            file.unlink(missing_ok=True)
+        for folder in dict.fromkeys(made):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def once(file: Path | None, make: Callable[[], object]):
+    """What an earlier call made and kept as JSON, if it is there; else made now, and kept. Without a file nothing is kept."""
+    if file is None:
+        return make()
+    if not file.is_file():
+        text = json.dumps(make())
+        write_text(file, text)
+    return json.loads(file.read_text(encoding="utf-8"))
+
 
 
 def locate(source: str | Path) -> Path:
@@ -104,17 +153,22 @@ def locate(source: str | Path) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The weights and the config of a model on the hub, in the hub client's cache; safetensors, or old .bin files if it has no other.
+    """The weights and the config of a model on the hub; safetensors, or old .bin files if it has no other."""
+    folder = from_hub(name, ["model*.safetensors", "model.safetensors.index.json", "config.json"])
+    if not any(folder.glob("model*.safetensors")):
+        from_hub(name, ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+    return folder
 
-    Raises RuntimeError with the reason if the hub cannot be reached or does not have it.
+
+def from_hub(name: str, patterns: Sequence[str]) -> Path:
+    """The folder in the hub client's cache where the files of `name` are that match the patterns; fetched if they are not there yet.
+
+    Raises:
+        RuntimeError: the hub cannot be reached, or does not have it; the reason is in the message.
     """
-    from huggingface_hub import snapshot_download       # late: `import lora_edu` does not need it
-    wanted = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
+    from huggingface_hub import snapshot_download  # late: `import lora_edu` does not need it
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
-        if not any(folder.glob("model*.safetensors")):
-            snapshot_download(name, allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:              # what the hub client raises: HTTP errors, no cached copy, a bad name
         raise RuntimeError(f"{name!r} is neither a folder nor a file, and the hub did not give it: check the spelling ({HUB_EXAMPLE}) "
                            f"and the network ({str(error).strip().splitlines()[0]})") from error
-    return folder

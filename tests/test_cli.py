@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_edu import cli, load_pretrained
-from lora_edu.lora.extract import deltas
+from lora_edu.checkpoints.deltas import deltas
 from lora_edu.measure.memory import bill
 from lora_edu.models.pretrained import FABLE
 

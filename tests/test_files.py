@@ -13,7 +13,7 @@ from tests.hub import local_hub
 
 READ = """
 import json, sys
-from lora_edu.lora.extract import deltas
+from lora_edu.checkpoints.deltas import deltas
 try:
     print(json.dumps({d.name: d.delta.norm().item() for d in deltas(*sys.argv[1:])}))
 except Exception as error:

@@ -1,16 +1,17 @@
 """A linear layer that learns a low-rank update to frozen weights.
 
 Notebook 01 builds this class line by line; everything else in the course wraps a model with it.
-Read `LoRALinear.forward` first: its last line is the whole idea.
+Read `LoRALinear.forward` first: its docstring is the whole idea.
 
 Source: Hu et al. (2021), "LoRA", section 4.1, arXiv:2106.09685.
 """
 import functools
-import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from lora_edu.lora.settings import check_settings, scaling_of
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -30,18 +31,6 @@ def features(layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a layer that `is_linear`."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_conv1d(layer) else (columns, rows)
-
-
-def check_settings(in_features: int, out_features: int, rank: int, alpha: float, dropout: float) -> None:
-    """Raise ValueError, in one sentence, for settings that do not fit an (out_features, in_features) weight."""
-    largest = min(in_features, out_features)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
-        raise ValueError(f"rank={rank!r} does not fit a {out_features} x {in_features} weight: "
-                         f"choose a whole number, 1 <= rank <= {largest}.")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha={alpha} is not finite: choose a number such as {2 * rank} (twice the rank).")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} is not a share: choose 0 <= dropout < 1.")
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -80,6 +69,7 @@ class LoRALinear(nn.Module):
         alpha: numerator of ``scaling``, no unit. PEFT calls it ``lora_alpha``.
         dropout: share of the inputs of ``lora_A`` that is zeroed in training mode.
         base_layer: the frozen layer; made new (an nn.Linear) when left out. See `wrap`.
+        rslora: ``scaling = alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732).
 
     Shapes:
         lora_A (rank, in_features), Kaiming-uniform as in loralib (the paper: Gaussian)
@@ -90,17 +80,26 @@ class LoRALinear(nn.Module):
 
     Raises:
         ValueError: a rank outside the range above, an alpha that is not finite, a dropout that is no share.
+
+    Source: Hu et al. (2021), "LoRA", section 4.1, arXiv:2106.09685.
+
+    >>> layer, x = LoRALinear(96, 64, rank=4, alpha=8), torch.randn(5, 96)
+    >>> torch.equal(layer(x), layer.base_layer(x))      # lora_B is zero
+    True
+    >>> sum(p.numel() for p in layer.parameters() if p.requires_grad)     # 4 * (96 + 64)
+    640
     """
 
     merged_weight: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
-                 base_layer: nn.Module | None = None):
+                 base_layer: nn.Module | None = None, rslora: bool = False):
         super().__init__()
         check_settings(in_features, out_features, rank, alpha, dropout)
         self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.scaling = alpha / rank
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scaling = scaling_of(rank, alpha, rslora)
+        self.off = False                     # see `lora_off`
         self.base_layer = (nn.Linear(in_features, out_features) if base_layer is None else base_layer).requires_grad_(False)
         dtype = self.weight.dtype if self.weight.dtype not in (torch.bfloat16, torch.float16) else torch.float32
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=self.weight.device))
@@ -109,13 +108,38 @@ class LoRALinear(nn.Module):
         self.register_buffer("merged_weight", None, persistent=False)   # state_dict() is the same merged or not
 
     @classmethod
-    def wrap(cls, base_layer: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> "LoRALinear":
+    def wrap(cls, base_layer: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rslora: bool = False
+             ) -> "LoRALinear":
         """The same, around a layer that exists (nn.Linear, or transformers' Conv1D): it is frozen in place, not copied."""
         if isinstance(base_layer, cls):
             raise ValueError("this layer is a LoRALinear already: wrap its base_layer, or remove_lora first.")
         if not is_linear(base_layer):
             raise TypeError(f"a {type(base_layer).__name__} cannot be wrapped: LoRALinear takes nn.Linear and transformers' Conv1D.")
-        return cls(*features(base_layer), rank, alpha, dropout, base_layer)
+        return cls(*features(base_layer), rank, alpha, dropout, base_layer, rslora)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The formula is ``base_layer(x) + scaling * (x @ lora_A.T) @ lora_B.T``; `_add_update` says why its lines are longer."""
+        if self.off:
+            return self.base_layer(x)
+        if self.merged_weight is not None:
+            return self._merged_forward(x)
+        return self._add_update(self.base_layer(x), x)
+
+    def _add_update(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """y + scaling * x @ lora_A.T @ lora_B.T: two thin products, never the full B A."""
+        x = x.to(self.lora_A.dtype)                                     # a 16-bit base: the update is made in float32, as in PEFT
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        low = x.reshape(-1, self.in_features) @ self.lora_A.T           # (N, rank)
+        wide = y.reshape(-1, self.out_features).to(low.dtype)           # so is the sum, which is rounded once, at the end
+        # one call adds, scales and multiplies: a third of the memory traffic. The contiguous (rank, out) copy of the thin factor costs
+        # nothing, and the two products of its backward run twice as fast on a CPU
+        return torch.addmm(wide, low, self.lora_B.T.contiguous(), alpha=self.scaling).reshape(y.shape).to(y.dtype)
+
+    def _merged_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("a merged layer cannot train, its factors are out of the sum: call unmerge(), or eval() to use it.")
+        return F.linear(x, self.merged_weight.T if is_conv1d(self.base_layer) else self.merged_weight, self.bias)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -129,6 +153,10 @@ class LoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         return self.merged_weight is not None
+
+    def set_strength(self, strength: float) -> None:
+        """Count the update `strength` times: 0 is the base, 1 what was trained."""
+        self.scaling = strength * scaling_of(self.rank, self.alpha, self.rslora)
 
     def delta_weight(self) -> torch.Tensor:
         """The update ``scaling * lora_B @ lora_A``, (out_features, in_features), in the factors' dtype."""
@@ -170,19 +198,7 @@ class LoRALinear(nn.Module):
             raise RuntimeError("this layer is not merged: there is nothing to unmerge.")
         self.merged_weight = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.merged_weight is not None:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError("a merged layer cannot train, its factors are out of the sum: call unmerge(), or eval() to use it.")
-            return F.linear(x, self.merged_weight.T if is_conv1d(self.base_layer) else self.merged_weight, self.bias)
-        y = self.base_layer(x)                                          # (..., out_features)
-        x = x.to(self.lora_A.dtype)
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        low = x.reshape(-1, self.in_features) @ self.lora_A.T           # (N, rank): two thin products, never the full BA
-        wide = y.reshape(-1, self.out_features).to(low.dtype)           # a 16-bit base: the sum is made in float32, as in PEFT
-        # a contiguous (rank, out) copy costs nothing, and the two products of its backward run twice as fast on a CPU
-        return torch.addmm(wide, low, self.lora_B.T.contiguous(), alpha=self.scaling).reshape(y.shape).to(y.dtype)
-
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}, merged={self.merged}"
+        rule = ", rslora=True" if self.rslora else ""
+        return (f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}, "
+                f"merged={self.merged}{rule}")

@@ -9,41 +9,13 @@ Sources: Hu et al. (2021), section 4.1, for one adapter; Chen et al. (2023), "Pu
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lora_edu.lora.apply import find_targets, lora_layers, refuse_tied, replace, share_weights, shorten
-from lora_edu.lora.layer import LoRALinear, check_settings, features, is_linear
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """The settings of one adapter.
-
-    Args:
-        rank, alpha, target_modules: as in `apply_lora`.
-        rslora: scaling is alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv:2312.03732).
-        lr: the highest learning rate it trains with.
-        seed: of its random start (and of its data, where the trainer draws by seed).
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    target_modules: tuple[str, ...] | str = "all-linear"
-    rslora: bool = False
-    lr: float = 1e-2
-    seed: int = 0
-
-    def __post_init__(self):
-        if not isinstance(self.target_modules, str):       # a list becomes a tuple, so that adapters can be keys
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-
-    @property
-    def scaling(self) -> float:
-        """What the product B A is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+from lora_edu.lora.inject import choose_layers, linear_layers, replace, share_weights
+from lora_edu.lora.layer import LoRALinear, features
+from lora_edu.lora.settings import LoRASettings
 
 
 class StackedLinear(nn.Module):
@@ -81,19 +53,31 @@ class StackedLinear(nn.Module):
 
 
 class LoRAStack:
-    """Put G adapters on a model, in place: `model(ids)` then reads G groups of rows, one group for each adapter.
+    """Put G adapters, one for each of a list of `LoRASettings`, on a model, in place: `model(ids)` then reads G groups of rows, one group for each adapter.
 
     The same numbers as one adapter at a time: adapter i starts as `torch.manual_seed(seed); apply_lora(model, ...)` would start
     it, its loss does not depend on its neighbours, and what pads it to the largest rank stays exactly zero, because only
     `parameters_of(i)` are handed to an optimizer. Move the model to its device first: `.to()` would part the stack from its optimizer.
 
+    Shapes: ids (rows, T) -> logits (rows, T, vocab), rows a multiple of G, or as many as `rows` names.
+
     Raises:
         ValueError: as `apply_lora`, with the number of the adapter in front; a model that has LoRA or a stack already.
+
+    Source: Chen et al. (2023), "Punica", arXiv:2310.18547, for a batch whose rows use different adapters.
+
+    >>> model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
+    >>> stack = LoRAStack(model, [LoRASettings(rank=2, target_modules=["0"]), LoRASettings(rank=4, target_modules=["0"])])
+    >>> model(torch.randn(6, 12)).shape       # three rows for each
+    torch.Size([6, 3])
+    >>> with stack.rows([1, 0, 1]):           # or a number for each row
+    ...     model(torch.randn(3, 12)).shape
+    torch.Size([3, 3])
     """
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Adapter]):
+    def __init__(self, model: nn.Module, adapters: Sequence[LoRASettings]):
         targets = targets_of(model, adapters)
-        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+        linears = linear_layers(model)
         self.model, self.adapters, self.routing = model, list(adapters), {"index": None}
         self.layers: dict[str, StackedLinear] = {}
         model.requires_grad_(False)
@@ -158,15 +142,13 @@ class LoRAStack:
     def unstack(self, i: int) -> nn.Module:
         """A model with adapter i alone, in ordinary `LoRALinear` layers around the same frozen weights: nothing big is copied, so
         copy.deepcopy it before `remove_lora(merge=True)`, which writes into them. Moved to another device, it leaves the stack where it is.
-
-        An rsLoRA adapter comes out with the alpha that gives the same scaling by alpha / rank.
         """
         adapter = self.adapters[i]
         model = share_weights(self.model)
         for name, layer in self.layers.items():
             alone = model.get_submodule(name).base_layer
             if layer.ranks[i]:
-                alone = LoRALinear.wrap(alone, adapter.rank, adapter.alpha * (math.sqrt(adapter.rank) if adapter.rslora else 1))
+                alone = LoRALinear.wrap(alone, adapter.rank, adapter.alpha, rslora=adapter.rslora)
                 alone.lora_A.data.copy_(layer.lora_A[i, :adapter.rank].detach())
                 alone.lora_B.data.copy_(layer.lora_B[i, :adapter.rank].detach().T)
             replace(model, name, alone)
@@ -179,28 +161,16 @@ class LoRAStack:
         self.layers = {}
 
 
-def targets_of(model: nn.Module, adapters: Sequence[Adapter]) -> list[list[str]]:
+def targets_of(model: nn.Module, adapters: Sequence[LoRASettings]) -> list[list[str]]:
     """Names of the layers that each adapter asks for; all of `LoRAStack`'s checks are made here, and raise as it says."""
     if not adapters:
-        raise ValueError("no adapters: give a list with at least one Adapter(rank=…, alpha=…).")
-    taken = [name for name, _ in lora_layers(model)] + [n for n, m in model.named_modules() if isinstance(m, StackedLinear)]
-    if taken:
-        raise ValueError(f"the model has adapters already, on {shorten(taken)}: remove them first.")
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    if "" in linears:
-        raise ValueError("the model is itself one linear layer: put it into an nn.Sequential, there is no parent to replace it in.")
-    return [_targets(model, linears, i, adapter) for i, adapter in enumerate(adapters)]
-
-
-def _targets(model: nn.Module, linears: dict[str, nn.Module], i: int, adapter: Adapter) -> list[str]:
-    """The layers that adapter i asks for, after `apply_lora`'s checks."""
-    try:
-        if not math.isfinite(adapter.lr):
-            raise ValueError(f"lr={adapter.lr} is not finite: choose a number such as 0.01.")
-        targets = find_targets(model, linears, adapter.target_modules)
-        refuse_tied(model, targets)
-        for name in targets:
-            check_settings(*features(linears[name]), adapter.rank, adapter.alpha, 0.0)
-    except ValueError as error:
-        raise ValueError(f"adapter {i}: {error}") from None
+        raise ValueError("no adapters: give a list with at least one LoRASettings(rank=…, alpha=…).")
+    targets = []
+    for i, adapter in enumerate(adapters):
+        try:
+            if not math.isfinite(adapter.lr):
+                raise ValueError(f"lr={adapter.lr} is not finite: choose a number such as 0.01.")
+            targets.append(list(choose_layers(model, adapter.target_modules, adapter.rank, adapter.alpha)))
+        except ValueError as error:
+            raise ValueError(f"adapter {i}: {error}") from None
     return targets

@@ -1,23 +1,16 @@
-"""What training costs in memory: predicted by formula, and measured beside it.
+"""What training costs in memory, predicted by formula; `memory_measured.py` measures it.
 
-`bill` predicts. Read `RECIPES` first: bytes for each number that is stored; then `kept`, the rules of what autograd keeps for the backward
-pass, one line a tensor, which can be checked by hand. `measure` runs a step and counts what is really there.
+Read `RECIPES` first: bytes for each number that is stored; then `kept`, the rules of what autograd keeps for the backward pass, one line
+a tensor, which can be checked by hand.
 
 With N = batch · length tokens, C the hidden size, F the MLP's, a LoRA saves gradients and optimizer states, but most of what is kept is
 N · C or N · F and stays: the chain rule needs it to reach the first adapter.
 """
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-from lora_edu.lora.report import html_table, text_table
 from lora_edu.models.sizes import Sizes, sizes_of
-from lora_edu.training.saved import saved_tensors
+from lora_edu.tables import ShowsTables, Table
 
 GIB = 2**30
 
@@ -138,8 +131,8 @@ def kept_outside(sizes: Sizes, batch: int, length: int, full: bool, act: int = 4
     return rows + full * [Kept("embedding: ids", "N", N, 8), Kept("last norm: normalised, output", "2 · N·C", 2 * N * C, act)]
 
 
-@dataclass(frozen=True)
-class Bill:
+@dataclass(frozen=True, repr=False)
+class Bill(ShowsTables):
     """Predicted bytes by category. `tensors`: (how many blocks, what they keep), the rules behind the activations."""
 
     model: str
@@ -159,14 +152,8 @@ class Bill:
     def summary(self) -> str:
         return f"{self.model}: {self.parameters:,} parameters; {self.trainable:,} numbers train."
 
-    def __repr__(self) -> str:
-        return self.summary() + "\n" + text_table([HEAD, *self.rows()])
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self.summary()}</p>" + html_table([HEAD, *self.rows()])
-
-
-HEAD = ("", "bytes", "GiB")
+    def tables(self) -> list[Table]:
+        return [Table((self.model, "bytes", "GiB"), self.rows(), self.summary())]
 
 
 def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-linear", recipe: str = "bf16-mixed", optimizer: str = "adam",
@@ -220,73 +207,3 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
     parts["allocator (an allowance)"] = 0.05 * (parts["activations"] + parts["temporary"])
     name = model if isinstance(model, str) else f"a {sizes.kind} model"
     return Bill(name, P, trainable, parts, tuple(tensors))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Bytes that were there: `kept` is every tensor that autograd kept, (shape, dtype, bytes), storage that is shared counted once.
-
-    `peak`: the most that was allocated on a CUDA device during the step; None elsewhere.
-    """
-
-    weights: int
-    adapter: int
-    gradients: int
-    states: int
-    kept: tuple[tuple[tuple[int, ...], torch.dtype, int], ...]
-    peak: int | None
-
-    @property
-    def activations(self) -> int:
-        return sum(size for _, _, size in self.kept)
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Under the names of `Bill.parts`."""
-        return {"weights": self.weights, "adapter": self.adapter, "gradients": self.gradients, "optimizer states": self.states,
-                "activations": self.activations}
-
-
-def measure(model: nn.Module, loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer | None = None) -> Measured:
-    """Run one training step and count. The model's weights are not what is counted as kept, nor are views of what is counted already.
-
-    Args:
-        loss: computes the loss of the step, a scalar: ``lambda: loss_on(model, batch)``.
-        optimizer: takes a step, so that its states exist; without one there are none.
-
-    Raises:
-        ValueError: the loss is not a scalar that anything trainable leads to.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    model.zero_grad(set_to_none=True)
-    with saved_tensors() as found:
-        value = loss()
-    if value.ndim or not value.requires_grad:
-        raise ValueError(f"the loss has shape {tuple(value.shape)} and " + ("depends on" if value.requires_grad else "depends on nothing")
-                         + " that trains: return one number, of a model in which something trains.")
-    kept_tensors = tuple((shape, dtype, storage.nbytes()) for pointer, (storage, shape, dtype) in found.items()
-                         if pointer not in own)
-    found.clear()                                     # held no longer: the peak is the step's, not the measurement's
-    value.backward()
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    states = 0
-    if optimizer is not None:
-        optimizer.step()
-        states = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values()
-                     if isinstance(tensor, torch.Tensor) and tensor.ndim)          # step counters are numbers
-    model.zero_grad(set_to_none=True)
-    adapter = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
-    return Measured(sum(p.nbytes for p in model.parameters()) - adapter, adapter, gradients, states, kept_tensors,
-                    torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Gradient checkpointing for the course's `Llama`: each block keeps its input, and is computed again in the backward pass.
-
-    The gradients stay the same, bit for bit; models of transformers have a method for it. Source: Chen et al. (2016), arXiv:1604.06174.
-    """
-    for block in model.model["layers"]:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_edu.lora.apply import share_weights
+from lora_edu.lora.inject import share_weights
 from lora_edu.training.corpora import Batch
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_edu.lora.extract import Deltas
+from lora_edu.checkpoints.deltas import Deltas
 from lora_edu.lora.layer import is_conv1d
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lora_edu.files import tensor_files
+from lora_edu.files import read_json, tensor_files, write_together
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -22,7 +22,7 @@ def read_config(path: str | Path) -> dict:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no config.json: give the folder of a LLaMA model in Hugging Face's format.")
-    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw = read_json(file, "the config.json of a LLaMA model")
     refuse_unsupported(raw, file)
     missing = [key for key in SIZES if key not in raw]
     if missing:
@@ -81,15 +81,11 @@ def read_tensors(path: str | Path, wanted: Mapping[str, torch.Size]) -> dict[str
 
 
 def write(path: str | Path, config, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write both files under temporary names, then move them into place."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write both files, or none."""
     dtype = next(iter(tensors.values())).dtype
     about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
              "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": str(dtype).removeprefix("torch.")}
-    half = folder / "model.safetensors.part"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, half, metadata={"format": "pt"})
-    half.replace(folder / "model.safetensors")
-    half = folder / "config.json.part"
-    half.write_text(json.dumps(about | asdict(config), indent=2) + "\n", encoding="utf-8")
-    half.replace(folder / "config.json")
+    whole = {name: t.contiguous() for name, t in tensors.items()}
+    text = json.dumps(about | asdict(config), indent=2) + "\n"
+    write_together({Path(path) / "model.safetensors": lambda part: save_file(whole, part, metadata={"format": "pt"}),
+                    Path(path) / "config.json": lambda part: part.write_text(text, encoding="utf-8")})

@@ -2,12 +2,12 @@
 
 Sources: the models' public config.json files; Brown et al. (2020), "Language Models are Few-Shot Learners", table 2.1, for GPT-3.
 """
-import json
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from lora_edu.files import HUB_NAME
+from lora_edu.files import HUB_NAME, from_hub, read_json
+from lora_edu.models.llama import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,13 @@ class Sizes:
             raise ValueError(f"rank={rank!r} does not fit: choose a whole number, 1 <= rank <= {largest}, the smallest side of a target.")
         return chosen
 
+    def llama_config(self) -> LlamaConfig:
+        """What `Llama` is built from. Raises ValueError for another architecture."""
+        if self.kind != "llama":
+            raise ValueError(f"a {self.kind} is counted here and not built: load it with transformers.")
+        return LlamaConfig(self.vocab, self.hidden, self.wide, self.layers, self.heads, self.kv_heads, self.context, self.head_dim,
+                           tie_word_embeddings=self.tied)
+
     @classmethod
     def from_config(cls, config: dict) -> "Sizes":
         """From the entries of a config.json. Raises ValueError for another architecture, or a size that it does not say."""
@@ -123,14 +130,6 @@ PRESETS = {
 }
 
 
-def config_on_the_hub(name: str) -> Path:
-    """The config.json alone, in the hub client's cache; no weights are fetched."""
-    from huggingface_hub import hf_hub_download
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except (OSError, ValueError) as error:              # what the hub client raises: HTTP errors, no cached copy, a bad name
-        raise RuntimeError(f"{name!r} is no preset and no file, and the hub did not give its config.json: check the spelling and the "
-                           f"network ({str(error).strip().splitlines()[0]})") from error
 
 
 def sizes_of(name: str | Path) -> Sizes:
@@ -149,11 +148,7 @@ def sizes_of(name: str | Path) -> Sizes:
             near = get_close_matches(str(name).lower(), PRESETS, n=1)
             raise ValueError(f"{str(name)!r} is no preset and no file" + (f"; did you mean {near[0]!r}?" if near else "") +
                              f" Choose one of {', '.join(PRESETS)}, a config.json, or a name on the hub such as owner/name.")
-        file = config_on_the_hub(str(name))
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}): give the config.json of a model.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no settings: give the config.json of a model.")
-    return Sizes.from_config(config)
+        file = from_hub(str(name), ["config.json"]) / "config.json"
+        if not file.is_file():
+            raise RuntimeError(f"{str(name)!r} has no config.json on the hub: give the name of a model.")
+    return Sizes.from_config(read_json(file, "the config.json of a model"))

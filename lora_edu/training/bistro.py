@@ -1,7 +1,7 @@
-"""Bistro: a small task in the manner of E2E. A record of slots goes in, a sentence or two about a restaurant comes out.
+"""Bistro: a small task in the manner of E2E. A card of slots goes in, a sentence or two about a restaurant comes out.
 
 The grammar speaks every slot in several ways, and every way can be read back, so what a model writes is judged slot by slot.
-A record is a dict: always a name, and three to five of the other slots. What is absent must not be said, so a model that
+A card is a dict: always a name, and three to five of the other slots. What is absent must not be said, so a model that
 always says everything is wrong. Read `sentence`, then `slots_said` and `slot_accuracy`.
 
 Source: Novikova, Dusek, Rieser (2017), "The E2E Dataset", arXiv:1706.09254, for the form; names and phrases are this project's.
@@ -17,7 +17,7 @@ import torch
 
 from lora_edu.training.corpora import Batch, completions, end_token
 
-Record = dict[str, str]
+Card = dict[str, str]
 SPLITS = ("train", "valid", "test")
 NAMES = (
     "The Blue Lantern", "The Golden Pear", "The Silver Swan", "The Red Fox", "The White Rose", "The Black Bear", "The Green Door",
@@ -27,7 +27,6 @@ NAMES = (
     "Hare Spring", "Queen Anna", "King Peter", "Storm Island", "Morning Wind", "Rabbit Well", "Clover", "Feather", "Fiddle",
     "Robin", "Candle")
 FOODS = ("French", "Indian", "Greek", "Spanish", "Chinese", "Turkish", "Russian", "Dutch")
-
 # slot -> value -> the ways to say it. The words after the verb say this value and no other (`said_by` reads them so).
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     "food": {food: (f"serves {food} food", f"cooks {food} dishes", f"offers {food} meals") for food in FOODS},
@@ -50,68 +49,68 @@ TEMPLATES = (   # the order of the slots belongs to the template
 )
 
 
-def split_of(record: Record) -> str:
-    """The split of a record, fixed by its name, food and area together: no such triple is in two splits.
+def split_of(card: Card) -> str:
+    """The split of a card, fixed by its name, food and area together: no such triple is in two splits.
 
     A tenth of the triples is "test", a tenth "valid". Every name occurs in all three, in other company.
     """
-    triple = "|".join(["bistro", *(record.get(slot, "-") for slot in ("name", "food", "area"))])
+    triple = "|".join(["bistro", *(card.get(slot, "-") for slot in ("name", "food", "area"))])
     return {0: "test", 1: "valid"}.get(zlib.crc32(triple.encode()) % 10, "train")
 
 
-def stream(split: str, seed: int) -> Iterator[tuple[Record, random.Random]]:
-    """Endless records of one split, each with the random numbers that made it; the same seed, the same records."""
+def stream(split: str, seed: int) -> Iterator[tuple[Card, random.Random]]:
+    """Endless cards of one split, each with the random numbers that made it; the same seed, the same cards."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}.")
     rng = random.Random(f"bistro {split} {seed}")
     while True:
         dropped = rng.sample(SLOTS[1:], rng.randint(0, 2))
-        record = {"name": rng.choice(NAMES)} | {slot: rng.choice(list(values)) for slot, values in PHRASES.items()}
-        record = {slot: value for slot, value in record.items() if slot not in dropped}
-        if split_of(record) == split:
-            yield record, rng
+        card = {"name": rng.choice(NAMES)} | {slot: rng.choice(list(values)) for slot, values in PHRASES.items()}
+        card = {slot: value for slot, value in card.items() if slot not in dropped}
+        if split_of(card) == split:
+            yield card, rng
 
 
-def records(split: str, n: int, seed: int = 0) -> list[Record]:
-    """`n` different records of one split: "train", "valid" (to choose a learning rate) or "test" (to report)."""
+def cards(split: str, n: int, seed: int = 0) -> list[Card]:
+    """`n` different cards of one split: "train", "valid" (to choose a learning rate) or "test" (to report)."""
     if not 1 <= n <= 2000:
-        raise ValueError(f"n={n}: choose 1 to 2,000 different records; `batches` draws training examples without end.")
-    found: dict[str, Record] = {}
+        raise ValueError(f"n={n}: choose 1 to 2,000 different cards; `batches` draws training examples without end.")
+    found: dict[str, Card] = {}
     source = stream(split, seed)
     while len(found) < n:
-        record = next(source)[0]
-        found.setdefault(prompt(record), record)
+        card = next(source)[0]
+        found.setdefault(prompt(card), card)
     return list(found.values())
 
 
-def prompt(record: Record) -> str:
+def prompt(card: Card) -> str:
     """What the model reads: `name: Clover | food: Greek | ...`, and an arrow on the next line."""
-    return " | ".join(f"{slot}: {record[slot]}" for slot in SLOTS if slot in record) + "\n=>"
+    return " | ".join(f"{slot}: {card[slot]}" for slot in SLOTS if slot in card) + "\n=>"
 
 
-def sentence(record: Record, rng: random.Random) -> str:
-    """One way to say the whole record and nothing else: two sentences, 11 to 31 words."""
+def sentence(card: Card, rng: random.Random) -> str:
+    """One way to say the whole card and nothing else: two sentences, 11 to 31 words."""
     template, order = rng.choice(TEMPLATES)
-    said = [rng.choice(PHRASES[slot][record[slot]]) for slot in order if slot in record]
+    said = [rng.choice(PHRASES[slot][card[slot]]) for slot in order if slot in card]
     half = (len(said) + 1) // 2
     first, second = (" and ".join(", ".join(part).rsplit(", ", 1)) for part in (said[:half], said[half:]))
-    return template.format(name=record["name"], first=first, second=second)
+    return template.format(name=card["name"], first=first, second=second)
 
 
-def examples(split: str, n: int, seed: int = 0) -> list[tuple[Record, str]]:
-    """`n` different records of one split, each with a sentence."""
+def examples(split: str, n: int, seed: int = 0) -> list[tuple[Card, str]]:
+    """`n` different cards of one split, each with a sentence."""
     rng = random.Random(f"bistro sentences {seed}")
-    return [(record, sentence(record, rng)) for record in records(split, n, seed)]
+    return [(card, sentence(card, rng)) for card in cards(split, n, seed)]
 
 
-def collate(tokenizer, pairs: list[tuple[Record, str]]) -> Batch:
-    """(record, sentence) pairs as one batch (inputs, targets), each (B, T), padded on the right.
+def collate(tokenizer, pairs: list[tuple[Card, str]]) -> Batch:
+    """(card, sentence) pairs as one batch (inputs, targets), each (B, T), padded on the right.
 
     The loss counts on the sentence and the end-of-text token that closes it; prompt and padding are -100.
     """
     end, rows = end_token(tokenizer), []
-    for record, text in pairs:
-        before, after = tokenizer.encode(prompt(record)).ids, tokenizer.encode(" " + text).ids + [end]
+    for card, text in pairs:
+        before, after = tokenizer.encode(prompt(card)).ids, tokenizer.encode(" " + text).ids + [end]
         rows.append((before + after[:-1], [-100] * (len(before) - 1) + after))
     width = max(len(ids) for ids, _ in rows)
     inputs = torch.tensor([ids + [end] * (width - len(ids)) for ids, _ in rows])
@@ -122,19 +121,19 @@ def batches(tokenizer, steps: int | None = None, batch_size: int = 16, seed: int
     """`steps` batches of fresh examples, or no end of them (None); the same seed gives the same batches."""
     source, made = stream(split, seed), 0
     while steps is None or made < steps:
-        yield collate(tokenizer, [(record, sentence(record, rng)) for record, rng in (next(source) for _ in range(batch_size))])
+        yield collate(tokenizer, [(card, sentence(card, rng)) for card, rng in (next(source) for _ in range(batch_size))])
         made += 1
 
 
 def heldout(tokenizer, n: int = 400, seed: int = 0, batch_size: int = 50, split: str = "valid") -> list[Batch]:
-    """The batches to measure a loss on: `n` different records of a split that training never sees."""
+    """The batches to measure a loss on: `n` different cards of a split that training never sees."""
     pairs = examples(split, n, seed)
     return [collate(tokenizer, pairs[i:i + batch_size]) for i in range(0, n, batch_size)]
 
 
-def write(model, tokenizer, records: list[Record], batch_size: int = 64, max_new_tokens: int = 80) -> list[str]:
-    """What the model says of each record, the likeliest token at every step; see `corpora.completions`."""
-    return completions(model, tokenizer, [prompt(record) for record in records], batch_size, max_new_tokens)
+def write(model, tokenizer, cards: list[Card], batch_size: int = 64, max_new_tokens: int = 80) -> list[str]:
+    """What the model says of each card, the likeliest token at every step; see `corpora.completions`."""
+    return completions(model, tokenizer, [prompt(card) for card in cards], batch_size, max_new_tokens)
 
 
 def said_by(slot: str) -> dict[str, str]:
@@ -148,7 +147,7 @@ WORDS = {slot: said_by(slot) for slot in SLOTS}
 PATTERNS = {slot: re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b") for slot, words in WORDS.items()}
 
 
-def slots_said(text: str) -> Record:
+def slots_said(text: str) -> Card:
     """Read a text back into slots. Two values for one slot come out as "cheap / expensive", which equals no value."""
     found = {slot: dict.fromkeys(WORDS[slot][said] for said in pattern.findall(text)) for slot, pattern in PATTERNS.items()}
     return {slot: " / ".join(values) for slot, values in found.items() if values}
@@ -165,18 +164,18 @@ class SlotScore:
     right: list[int]            # one 0 or 1 per text; their mean is `all_slots`
 
 
-def slot_accuracy(texts: list[str], records: list[Record]) -> SlotScore:
-    """Judge each text against its record. A slot counts if it is given or said, and is right if it is both, with one value.
+def slot_accuracy(texts: list[str], cards: list[Card]) -> SlotScore:
+    """Judge each text against its card. A slot counts if it is given or said, and is right if it is both, with one value.
 
     So a slot left out, a wrong value, and a slot that was not given are one error each (E2E's slot error rate counts the
     same three), and a text about something else scores 0.
     """
-    if len(texts) != len(records) or not records:
-        raise ValueError(f"{len(texts)} texts for {len(records)} records: give one text for each record, and at least one.")
-    return score([slots_said(text) for text in texts], records)
+    if len(texts) != len(cards) or not cards:
+        raise ValueError(f"{len(texts)} texts for {len(cards)} cards: give one text for each card, and at least one.")
+    return score([slots_said(text) for text in texts], cards)
 
 
-def score(said: list[Record], given: list[Record]) -> SlotScore:
+def score(said: list[Card], given: list[Card]) -> SlotScore:
     right = [{slot: s.get(slot) == g.get(slot) for slot in SLOTS if slot in s or slot in g} for s, g in zip(said, given)]
     shares = [sum(r.values()) / len(r) for r in right]
     perfect = [int(all(r.values())) for r in right]
@@ -185,16 +184,16 @@ def score(said: list[Record], given: list[Record]) -> SlotScore:
                      {slot: sum(v) / len(v) for slot, v in verdicts.items() if v}, shares, perfect)
 
 
-def floor(records: list[Record]) -> dict[str, SlotScore]:
-    """What a fluent model scores that ignores its input, computed on these records.
+def floor(cards: list[Card]) -> dict[str, SlotScore]:
+    """What a fluent model scores that ignores its input, computed on these cards.
 
-    "constant": always one sentence, with the commonest value of every slot. "random": the sentence of another record, exactly,
-    over all pairs of records.
+    "constant": always one sentence, with the commonest value of every slot. "random": the sentence of another card, exactly,
+    over all pairs of cards.
     """
-    if len(records) < 2:
-        raise ValueError(f"{len(records)} record: a floor needs at least 2, to speak of another one.")
-    values = {slot: Counter(r[slot] for r in records if slot in r) for slot in SLOTS}
+    if len(cards) < 2:
+        raise ValueError(f"{len(cards)} card: a floor needs at least 2, to speak of another one.")
+    values = {slot: Counter(r[slot] for r in cards if slot in r) for slot in SLOTS}
     constant = {slot: counts.most_common(1)[0][0] for slot, counts in values.items() if counts}
-    pairs = [(said, given) for i, given in enumerate(records) for j, said in enumerate(records) if i != j]
-    return {"constant": score([constant] * len(records), records),
+    pairs = [(said, given) for i, given in enumerate(cards) for j, said in enumerate(cards) if i != j]
+    return {"constant": score([constant] * len(cards), cards),
             "random": score([said for said, _ in pairs], [given for _, given in pairs])}

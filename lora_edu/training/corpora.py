@@ -14,10 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lora_edu.training.downloads import e2e, shakespeare  # noqa: F401  (corpora like the others, kept beside their checksums)
-
 Batch = tuple[torch.Tensor, torch.Tensor]
-
 END = "<|endoftext|>"
 PIECE = 20_000          # characters encoded at once
 SHOW_PROGRESS = 5e6     # characters from which a progress bar is worth its line
@@ -50,7 +47,7 @@ def python_docs(split: str = "train") -> str:
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"split={split!r}: choose one of train, valid, test.")
-    from pydoc_data.topics import topics       # here, because it is half a megabyte that few imports need
+    from pydoc_data.topics import topics  # here, because it is half a megabyte that few imports need
     seen, documents = set(), []
     for topic in sorted(topics, key=lambda topic: (len(topics[topic]), topic)):
         paragraphs = [p for p in re.split(r"\n\s*\n", clean(topics[topic])) if p.strip() not in seen]
@@ -91,14 +88,6 @@ def tokenize(tokenizer, text: str) -> torch.Tensor:
             done.append(torch.tensor(ids, dtype=torch.long))
             bar.update(sum(len(piece) for piece in chunk if piece is not None))
     return torch.cat(done)
-
-
-def split(tokens: torch.Tensor, held_out: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
-    """(train, held out): the last `held_out` (a share) of the tokens is set aside; the two never overlap."""
-    cut = round(len(tokens) * (1 - held_out))
-    if not 0 < cut < len(tokens):
-        raise ValueError(f"held_out={held_out} of {len(tokens)} tokens leaves one side empty: choose a share between 0 and 1.")
-    return tokens[:cut], tokens[cut:]
 
 
 def require(tokens: torch.Tensor, length: int) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -129,6 +128,7 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
 
 def fit(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, **how) -> list[Step]:
     """`train` behind a progress bar. The stop button (KeyboardInterrupt) ends it and keeps what was learned."""
+    from tqdm.auto import tqdm  # late: `import lora_edu` does not need it
     done: list[Step] = []
     with tqdm(total=steps, initial=how.get("first_step", 0), unit="step", leave=False) as bar:
         try:

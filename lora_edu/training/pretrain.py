@@ -16,13 +16,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 
+from lora_edu.files import write_text, write_whole
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import best_device
+from lora_edu.models.sizes import PRESETS
 from lora_edu.training.corpora import END, read_text, tokenize, windows
 from lora_edu.training.loop import adamw, evaluate, sixteen_bits, train, warmup_linear
 
-SHAPE = LlamaConfig(vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
-                    num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True)
+SHAPE = PRESETS["fable"].llama_config()
 TOKENS_A_STEP = 4096
 CHECKPOINT_EVERY, EVALUATE_EVERY = 250, 500      # steps
 
@@ -70,9 +71,8 @@ def batches(tokens: list[torch.Tensor], order):
 
 
 def save_checkpoint(file: Path, model: Llama, optimizer, step: int, curve: list) -> None:
-    part = file.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}, part)
-    part.replace(file)
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}
+    write_whole(file, lambda part: torch.save(content, part))
 
 
 def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6, lr: float = 3e-3, seed: int = 0,
@@ -125,9 +125,7 @@ def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6
               "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "valid_nats_per_token": round(final, 4),
               "valid_bits_per_byte": round(final * counted / math.log(2) / held_out_bytes, 4),
               "curve": {"columns": ["tokens read", "train loss (running mean)", "valid loss (a sample)"], "rows": curve}}
-    part = folder / "curve.json.part"
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / "curve.json")
+    write_text(folder / "curve.json", json.dumps(report, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
     return final
 
@@ -137,9 +135,7 @@ def prepare(texts: dict[str, float], valid: str, folder: Path, config: LlamaConf
     raw = {file: read_text(file) for file in texts}
     file = folder / "tokenizer.json"
     if not file.exists():
-        part = folder / "tokenizer.json.part"
-        train_tokenizer(list(raw.values()), config.vocab_size).save(str(part))
-        part.replace(file)
+        write_whole(file, lambda part: train_tokenizer(list(raw.values()), config.vocab_size).save(str(part)))
     tokenizer = Tokenizer.from_file(str(file))
     data = [tokenize(tokenizer, text).to(torch.int32) for text in raw.values()]
     held_out_text = read_text(valid)

@@ -1,129 +1,26 @@
-"""Train a whole grid of adapters at once: `sweep` cuts it into chunks, and `train_stack` trains one chunk in one pass.
-
-Runs that share a pass share every product with a frozen weight, and what Python costs; each keeps its own loss, gradient
-norm, learning rate and optimizer state, so that its numbers are those of training it alone.
-"""
+"""Train a whole grid of LoRAs at once: `sweep` cuts it into chunks that fit the memory, and `train_stack` trains one chunk in one pass."""
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from lora_edu.files import write_whole
-from lora_edu.lora.report import html_table, text_table
-from lora_edu.lora.stack import Adapter, LoRAStack, targets_of
-from lora_edu.training.loop import Batch, loss_on, warmup_linear
-from lora_edu.training.saved import saved_tensors
+from lora_edu.files import write_text
+from lora_edu.lora.settings import LoRASettings
+from lora_edu.lora.stack import LoRAStack, targets_of
+from lora_edu.tables import ShowsTables, Table
+from lora_edu.training.autograd_kept import kept_by_autograd
+from lora_edu.training.loop import Batch, warmup_linear
+from lora_edu.training.stacked import StackStep, evaluate_stack, group_losses, side_by_side, train_stack
 
 CPU, OTHERS = 8, 64      # adapters in a pass at most: a CPU is busy with fewer, and more leave its caches
-ROWS = 8      # of a held-out batch that every adapter reads at a time: as much as training takes, or less
 
 
-@dataclass(frozen=True)
-class StackStep:
-    """What one step of a stack did: the loss of each adapter's rows before its update (nats per token; nan once it has diverged)."""
-
-    step: int
-    losses: list[float]
-
-
-def group_losses(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the next-token losses (nats, float32 or wider) and count of the tokens that count, for each of `groups` groups of rows."""
-    each = loss_on(model, batch, "none")
-    return each.view(groups, -1).sum(1), (batch[1].to(each.device) != -100).view(groups, -1).sum(1)
-
-
-def side_by_side(batches: list[Batch]) -> Batch:
-    """One batch of groups; shorter rows are padded on the right with a token that no loss counts and no earlier one sees.
-
-    Raises ValueError if one batch has more rows than another: the groups of a stack are of one size.
-    """
-    counts = sorted({len(inputs) for inputs, _ in batches})
-    if len(counts) > 1:
-        raise ValueError(f"batches of {' and '.join(map(str, counts))} rows side by side: give every adapter as many rows as the others.")
-    width = max(inputs.shape[1] for inputs, _ in batches)
-    padded = [(F.pad(inputs, (0, width - inputs.shape[1])), F.pad(targets, (0, width - targets.shape[1]), value=-100))
-              for inputs, targets in batches]
-    return torch.cat([inputs for inputs, _ in padded]), torch.cat([targets for _, targets in padded])
-
-
-def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *, schedule: Callable[[int, int], float] = warmup_linear(),
-                max_grad_norm: float | None = 1.0, autocast: torch.dtype | None = None,
-                losses_of: Callable[[nn.Module, Batch, int], tuple[torch.Tensor, torch.Tensor]] = group_losses) -> Iterator[StackStep]:
-    """Train every adapter of the stack, in place, and yield a `StackStep` after each step; each is what `train` would make of it alone.
-
-    An adapter whose loss or gradient is no longer finite has diverged: it goes back to its start, its losses are nan from then
-    on, and its neighbours go on untouched.
-
-    Args:
-        batches: (inputs, targets), each with a group of rows for every adapter, as many rows each; see `side_by_side`.
-        schedule, max_grad_norm, autocast: as in `train`; gradients are clipped for each adapter by its own norm.
-        losses_of: another loss than that of the next token, with the arguments and results of `group_losses`.
-    """
-    model, alive = stack.model, [True] * len(stack)
-    parameters = [stack.parameters_of(i) for i in range(len(stack))]
-    device = parameters[0][0].device
-    optimizer = torch.optim.AdamW([{"params": group, "lr": 0.0} for group in parameters], weight_decay=0.0,
-                                  fused=device.type in ("cpu", "cuda"))     # one call for an adapter; a loop over its tensors is slower
-    was_training = model.training
-    model.train()
-    batches = iter(batches)
-    try:
-        for step in range(steps):
-            batch = next(batches, None)
-            if batch is None:
-                raise ValueError(f"the batches ended after {step} steps, and {steps} were asked for.")
-            with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                sums, counts = losses_of(model, batch, len(stack))
-            losses = sums / counts
-            stack.zero_grad()
-            losses.sum().backward()
-            norms = []
-            for i, group in enumerate(parameters):
-                stack.share_gradients(i, group)
-                norms.append(nn.utils.clip_grad_norm_(group, math.inf if max_grad_norm is None else max_grad_norm))
-                optimizer.param_groups[i]["lr"] = stack.adapters[i].lr * schedule(step, steps)
-            for i, (finite, group) in enumerate(zip((losses + torch.stack(norms)).isfinite().tolist(), parameters)):
-                if not finite and alive[i]:
-                    alive[i] = False
-                    stack.reset(i)
-                if not alive[i]:
-                    for parameter in group:
-                        parameter.grad = None
-            optimizer.step()
-            yield StackStep(step + 1, [loss if ok else math.nan for loss, ok in zip(losses.tolist(), alive)])
-    finally:
-        model.train(was_training)
-        stack.zero_grad()
-
-
-def evaluate_stack(stack: LoRAStack, batches: Iterable[Batch]) -> list[float]:
-    """Mean loss in nats per token of every adapter on the same batches, in eval mode; the model's mode is put back.
-
-    Raises ValueError if there is no token that counts.
-    """
-    was_training = stack.model.training
-    stack.model.eval()
-    total = count = torch.zeros(len(stack))
-    try:
-        with torch.no_grad():
-            for inputs, targets in ((i, t) for batch in batches for i, t in zip(*(part.split(ROWS) for part in batch))):
-                sums, counts = group_losses(stack.model, (inputs.repeat(len(stack), 1), targets.repeat(len(stack), 1)), len(stack))
-                total, count = total.to(sums.device) + sums.double(), count.to(counts.device) + counts
-    finally:
-        stack.model.train(was_training)
-    if not count.all():
-        raise ValueError("no held-out token counts: give at least one batch whose targets are not all -100.")
-    return (total / count).tolist()
-
-
-class SweepTable(list):
+class SweepTable(ShowsTables, list):
     """One dict a run, in the order of the grid: its settings and `steps`, `scaling`, `trainable` (count), `losses` (one a step, of the
     batch before the update, nats per token), `heldout` ([step, loss], the last one after training), `diverged` (None, or the
     step), and what `score` added."""
@@ -137,24 +34,17 @@ class SweepTable(list):
             raise ValueError(f"no finished run has {where}: the table has {len(self)} runs.")
         return min(found, key=lambda run: run["heldout"][-1][1])
 
-    def _rows(self) -> list[list[str]]:
+    def tables(self) -> list[Table]:
         def final(run):
             return f"{run['heldout'][-1][1]:.3f}" if run["diverged"] is None else f"diverged at step {run['diverged']}"
-        return [list(self.COLUMNS.values())] + [[f"{run[key]:g}" for key in list(self.COLUMNS)[:-1]] + [final(run)] for run in self]
-
-    def __str__(self) -> str:
-        return text_table(self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows())
+        return [Table(tuple(self.COLUMNS.values()), [[f"{run[key]:g}" for key in list(self.COLUMNS)[:-1]] + [final(run)] for run in self])]
 
     def save(self, path: str | Path) -> None:
         """As JSON, written whole or not at all."""
-        text = json.dumps(list(self), indent=1, allow_nan=False) + "\n"
-        write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(Path(path), json.dumps(list(self), indent=1, allow_nan=False) + "\n")
 
 
-def sweep(model: nn.Module, grid: Iterable[Adapter], batches: Callable[[int], Iterator[Batch]], steps: int, heldout: list[Batch], *,
+def sweep(model: nn.Module, grid: Iterable[LoRASettings], batches: Callable[[int], Iterator[Batch]], steps: int, heldout: list[Batch], *,
           every: int | None = None, memory: float = 4e9, out: str | Path | None = None,
           watch: Callable[[list[int], StackStep], None] | None = None, score: Callable[[nn.Module], dict] | None = None,
           schedule: Callable[[int, int], float] = warmup_linear(), autocast: torch.dtype | None = None) -> SweepTable:
@@ -177,6 +67,7 @@ def sweep(model: nn.Module, grid: Iterable[Adapter], batches: Callable[[int], It
         ValueError: an empty grid, no steps or no held-out tokens; an adapter that does not fit the model, or alone needs more than
             `memory`; `out` holds another sweep, or no sweep. All before any training. And batches that end early.
     """
+    from tqdm.auto import tqdm  # late: `import lora_edu` does not need it
     grid, heldout = list(grid), list(heldout)
     targets_of(model, grid)
     tokens = sum((targets != -100).sum().item() for _, targets in heldout)
@@ -238,7 +129,7 @@ def _row(stack: LoRAStack, k: int, losses: list[float], heldout: list, steps: in
     return row | {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in scored.items()}
 
 
-def _read_finished(out, grid: list[Adapter], steps: int) -> dict[int, dict]:
+def _read_finished(out, grid: list[LoRASettings], steps: int) -> dict[int, dict]:
     """The finished runs of an earlier call, by their number in the grid; equal adapters share one."""
     if out is None:
         return {}
@@ -258,7 +149,7 @@ def _read_finished(out, grid: list[Adapter], steps: int) -> dict[int, dict]:
     return found
 
 
-def _fitting(model: nn.Module, adapters: list[Adapter], batches, memory: float, autocast) -> int:
+def _fitting(model: nn.Module, adapters: list[LoRASettings], batches, memory: float, autocast) -> int:
     """How many of these adapters, in their order (ranks rise), to train together: as many as fit the memory and are worth their padding."""
     first = list(itertools.islice(batches(adapters[0].seed), 4))
     if not first:
@@ -280,13 +171,13 @@ def _fitting(model: nn.Module, adapters: list[Adapter], batches, memory: float, 
     return fit
 
 
-def _bytes_for(model: nn.Module, adapter: Adapter, batch: Batch, autocast) -> float:
+def _bytes_for(model: nn.Module, adapter: LoRASettings, batch: Batch, autocast) -> float:
     """What training one adapter takes: every tensor that the forward pass keeps, two more of the logits' size, and 20 bytes a number."""
     stack = LoRAStack(model, [adapter])
     try:
         fixed = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
         device = next(model.parameters()).device
-        with saved_tensors() as saved, torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with kept_by_autograd() as saved, torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             sums, _ = group_losses(model, batch, 1)
         del sums
         kept = {pointer: each.storage.nbytes() for pointer, each in saved.items()}

@@ -15,7 +15,7 @@ WRITTEN = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name.start
 DIAL = """
 import numpy as np
 from IPython.display import display
-from lora_edu.page.widgets import alpha_dial
+from lora_edu.course import alpha_dial
 alphas = np.linspace(0, 1, 21)
 box = alpha_dial(alphas, 4 - 3 * alphas, 3 + alphas, [f"text {i}" for i in range(21)])
 """
@@ -23,8 +23,8 @@ DISCONNECTED = DIAL + "box.children[0].children[0].unobserve_all()\n"
 BROKEN = """
 import ipywidgets
 from IPython.display import display
-from lora_edu.page.plots import new_figure
-from lora_edu.page.widgets import picture_with_controls
+from lora_edu.course.page.show import new_figure
+from lora_edu.course.page.widgets import picture_with_controls
 fig, ax = new_figure(title="one bar")
 (bar,) = ax.barh(["a"], [1])
 def update(level):
@@ -36,16 +36,16 @@ box = picture_with_controls(fig, update, level=ipywidgets.IntSlider(value=4, min
 
 CALCULATOR = """
 from IPython.display import display
-from lora_edu.page.memory_calculator import memory_calculator
+from lora_edu.course import memory_calculator
 box = memory_calculator("llama-7b")
 """
 LAB = """
 import torch
 from IPython.display import display
 from lora_edu import load_pretrained
-from lora_edu.lora.peft_format import load_adapter
+from lora_edu import load_adapter
 from lora_edu.models.pretrained import BISTRO_ADAPTER
-from lora_edu.page.merge_lab import merge_lab
+from lora_edu.course import merge_lab
 model, _ = load_pretrained("fable")
 load_adapter(model, BISTRO_ADAPTER)
 ids = torch.arange(48).view(2, 24)

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.browser
 
 TRAINER = """
 from IPython.display import display
-from lora_edu.page.trainer import live_trainer
+from lora_edu.course import live_trainer
 trainer = live_trainer()
 box = trainer.box
 """

@@ -10,10 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu import LoRALinear, apply_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
-from lora_edu.lora.apply import lora_layers
-from lora_edu.lora.merge_report import MergeReport, Rounding
-from lora_edu.lora.peft_format import save_adapter
-from lora_edu.measure.latency import matrix_products, operators
+from lora_edu.lora.adapter_file import save_adapter
+from lora_edu.lora.inject import lora_layers
+from lora_edu.lora.merge import MergeReport, Rounding
+from lora_edu.measure.operators import matrix_products, operators
 from lora_edu.models.llama import Llama
 from tests.lora.tiny import IDS, MODELS, logits, our_llama, shake
 

@@ -8,16 +8,18 @@ import torch
 from torch import nn
 
 from lora_edu import apply_lora
-from lora_edu.lora.apply import lora_layers, lora_parameters, remove_lora
-from lora_edu.lora.peft_format import load_adapter, save_adapter
-from lora_edu.lora.stack import Adapter, LoRAStack, StackedLinear
+from lora_edu.lora.adapter_file import load_adapter, save_adapter
+from lora_edu.lora.inject import lora_layers, lora_parameters
+from lora_edu.lora.merge import remove_lora
+from lora_edu.lora.settings import LoRASettings
+from lora_edu.lora.stack import LoRAStack, StackedLinear
 from lora_edu.training.loop import train
-from lora_edu.training.sweep import side_by_side, train_stack
+from lora_edu.training.stacked import side_by_side, train_stack
 from tests.lora.tiny import MODELS, gpt2, hf_llama, our_llama
 
-ADAPTERS = [Adapter(1, 3.0, lr=0.01, seed=1), Adapter(4, 8.0, ("q_proj", "v_proj"), lr=0.01, seed=2),
-            Adapter(3, 5.0, ["down_proj"], rslora=True, lr=0.03, seed=3), Adapter(8, 4.0, rslora=True, lr=0.005, seed=1),
-            Adapter(2, 16.0, r"model\.layers\.1\..*", lr=0.008, seed=4)]
+ADAPTERS = [LoRASettings(1, 3.0, lr=0.01, seed=1), LoRASettings(4, 8.0, ("q_proj", "v_proj"), lr=0.01, seed=2),
+            LoRASettings(3, 5.0, ["down_proj"], rslora=True, lr=0.03, seed=3), LoRASettings(8, 4.0, rslora=True, lr=0.005, seed=1),
+            LoRASettings(2, 16.0, r"model\.layers\.1\..*", lr=0.008, seed=4)]
 TEXTS = torch.randint(50, (5, 9), generator=torch.Generator().manual_seed(7))
 
 
@@ -178,7 +180,7 @@ def test_rows_that_do_not_divide_are_refused():
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 def test_unstacked_it_is_an_ordinary_adapter(build, tmp_path):
     """Its own file gives PEFT and us the same logits, and so does merging it; the stack and its base do not notice."""
-    adapters = [Adapter(2, 3.0), Adapter(3, 7.0, ("c_attn", "c_proj") if build is gpt2 else ("q_proj", "up_proj"), rslora=True)]
+    adapters = [LoRASettings(2, 3.0), LoRASettings(3, 7.0, ("c_attn", "c_proj") if build is gpt2 else ("q_proj", "up_proj"), rslora=True)]
     stack = shaken(build, adapters)
     grouped = says(stack.model, TEXTS.repeat(2, 1)).view(2, 5, 9, 50)
     for i in (0, 1):
@@ -215,8 +217,8 @@ def test_unstacking_shares_the_base_and_leaves_it_where_it_is():
 
 def test_its_rslora_is_pefts():
     """Oracle: PEFT with use_rslora=True and the same factors."""
-    adapter = Adapter(4, 6.0, ("q_proj", "down_proj"), rslora=True)
-    stack = shaken(hf_llama, [Adapter(2, 3.0), adapter])
+    adapter = LoRASettings(4, 6.0, ("q_proj", "down_proj"), rslora=True)
+    stack = shaken(hf_llama, [LoRASettings(2, 3.0), adapter])
     theirs = peft.get_peft_model(hf_llama(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], use_rslora=True))
     for name, layer in stack.layers.items():
         if layer.ranks[1]:
@@ -227,7 +229,7 @@ def test_its_rslora_is_pefts():
     with stack.rows([1] * 5):
         torch.testing.assert_close(says(stack.model), says(theirs.eval()), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(says(stack.unstack(1)), says(theirs), rtol=1e-5, atol=1e-6)
-    assert Adapter(4, 6.0).scaling == 1.5
+    assert LoRASettings(4, 6.0).scaling == 1.5
 
 
 def test_removed_the_base_is_back_bit_for_bit():
@@ -247,7 +249,7 @@ def test_removed_the_base_is_back_bit_for_bit():
 def test_there_is_one_stack_on_a_model(occupy):
     occupy(model := our_llama())
     before = list(model.named_modules())
-    with pytest.raises(ValueError, match="the model has adapters already, on model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match="the model has LoRA already, on model.layers.0.self_attn.q_proj"):
         LoRAStack(model, ADAPTERS)
     assert list(model.named_modules()) == before
 
@@ -267,18 +269,18 @@ def test_a_16_bit_base_has_32_bit_factors():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (Adapter(0), "adapter 1: rank=0 does not fit"),
-    (Adapter(9), "adapter 1: rank=9 does not fit a 8 x 16"),
-    (Adapter(2, float("nan")), "adapter 1: alpha=nan"),
-    (Adapter(2, lr=float("inf")), "adapter 1: lr=inf is not finite"),
-    (Adapter(2, target_modules=("v_porj",)), "adapter 1: .*Did you mean 'v_proj'"),
-    (Adapter(2, target_modules=("lm_head",)), "adapter 1: .*tied"),
+    (LoRASettings(0), "adapter 1: .*rank=0 does not fit"),
+    (LoRASettings(9), "adapter 1: .*rank=9 does not fit a 8 x 16"),
+    (LoRASettings(2, float("nan")), "adapter 1: .*alpha=nan"),
+    (LoRASettings(2, lr=float("inf")), "adapter 1: lr=inf is not finite"),
+    (LoRASettings(2, target_modules=("v_porj",)), "adapter 1: .*Did you mean 'v_proj'"),
+    (LoRASettings(2, target_modules=("lm_head",)), "adapter 1: .*tied"),
 ])
 def test_an_adapter_that_does_not_fit_is_named_by_its_number(bad, message):
     model = our_llama()
     before = list(model.named_modules())
     with pytest.raises(ValueError, match=message):
-        LoRAStack(model, [Adapter(2), bad])
+        LoRAStack(model, [LoRASettings(2), bad])
     assert list(model.named_modules()) == before and all(p.requires_grad for p in model.parameters())
 
 
@@ -286,8 +288,8 @@ def test_no_adapters_and_a_model_of_one_layer():
     with pytest.raises(ValueError, match="no adapters: give a list"):
         LoRAStack(our_llama(), [])
     with pytest.raises(ValueError, match="itself one linear layer"):
-        LoRAStack(nn.Linear(4, 4), [Adapter(2, 4.0, ".*")])
+        LoRAStack(nn.Linear(4, 4), [LoRASettings(2, 4.0, ".*")])
 
 
 def test_targets_given_as_a_list_are_a_key_too():
-    assert Adapter(target_modules=["q_proj"]) == Adapter(target_modules=("q_proj",)) and len({ADAPTERS[2], ADAPTERS[2]}) == 1
+    assert LoRASettings(target_modules=["q_proj"]) == LoRASettings(target_modules=("q_proj",)) and len({ADAPTERS[2], ADAPTERS[2]}) == 1

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_edu.lora.apply import apply_lora
-from lora_edu.measure import memory
-from lora_edu.measure.memory import RECIPES, bill, kept, measure
+from lora_edu.lora.inject import apply_lora
+from lora_edu.measure import memory, memory_measured
+from lora_edu.measure.memory import RECIPES, bill, kept
+from lora_edu.measure.memory_measured import measure
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import FABLE
 from lora_edu.models.sizes import PRESETS, Sizes
@@ -56,7 +57,7 @@ def test_the_rules_are_what_autograd_keeps_to_the_byte(targets, dtype, recipe):
 def test_every_category_of_our_llama_at_three_sizes(config, targets, checkpointing):
     model = Llama(config)
     if checkpointing:
-        memory.checkpoint_blocks(model)
+        memory_measured.checkpoint_blocks(model)
     found = one_step(model, targets, batch_of(config.vocab_size, 3, 33), rank=4, optimizer=torch.optim.AdamW)
     said = predicted(sizes_like(config), targets, batch=3, length=33, rank=4, checkpointing=checkpointing).parts
     for part in ("weights", "adapter", "gradients", "optimizer states"):
@@ -73,7 +74,7 @@ def test_checkpointing_changes_no_gradient():
         loss_on(model, batch).backward()
         return [p.grad.clone() for p in model.parameters()]
     plain = gradients()
-    memory.checkpoint_blocks(model)
+    memory_measured.checkpoint_blocks(model)
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
 
@@ -143,7 +144,7 @@ def test_sgd_has_no_states_and_plain_sizes_no_name():
     assert found.states == 0 == predicted(sizes_like(SMALL), None, optimizer="sgd").parts["optimizer states"]
     assert found.peak is None
     assert "a llama model: 14,000 parameters" not in repr(predicted(sizes_like(SMALL), None))
-    assert repr(predicted(sizes_like(SMALL), None)).startswith("a llama model: ")
+    assert repr(predicted(sizes_like(SMALL), None)).startswith("a llama model ")
 
 
 def test_the_totals_are_sums_and_the_table_shows_them():

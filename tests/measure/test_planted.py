@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from lora_edu.lora.stack import Adapter, LoRAStack
+from lora_edu.lora.settings import LoRASettings
+from lora_edu.lora.stack import LoRAStack
 from lora_edu.measure.planted import divergences, heldout_divergence, lessons, plant, told
-from lora_edu.training.sweep import train_stack
+from lora_edu.training.stacked import train_stack
 from tests.lora.tiny import our_llama
 
 MATRIX = "model.layers.1.mlp.down_proj"          # 16 x 24
@@ -87,7 +88,7 @@ def test_a_lesson_is_the_same_rows_for_every_student_and_each_teachers_answers(b
 def test_from_the_planted_rank_on_the_loss_is_far_lower(base):
     """Rank 3 is planted; ranks 1 to 4 learn it side by side. The known answer that the record shows on fable."""
     teacher, ranks = plant(base, MATRIX, 3, seed=1), (1, 2, 3, 4)
-    stack = LoRAStack(base, [Adapter(rank, 2 * rank, (MATRIX,), lr=0.05) for rank in ranks])
+    stack = LoRAStack(base, [LoRASettings(rank, 2 * rank, (MATRIX,), lr=0.05) for rank in ranks])
     list(train_stack(stack, lessons([teacher], TEXTS[8:], 300, len(ranks), rows=8), 300, losses_of=divergences))
     found = dict(zip(ranks, heldout_divergence(base, [teacher], TEXTS[:8], len(ranks)), strict=True))
     print(found)

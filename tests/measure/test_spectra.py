@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_edu.lora.extract import deltas
-from lora_edu.measure.spectra import (factor, gaussian_like, marchenko_pastur, median_eigenvalue, sign_flipped, spectrum, truncate)
+from lora_edu.checkpoints.deltas import deltas
+from lora_edu.measure.spectra import factor, gaussian_like, marchenko_pastur, median_eigenvalue, sign_flipped, spectrum, truncate
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

@@ -110,5 +110,5 @@ def test_importing_the_library_needs_neither_widgets_nor_plots():
             "import lora_edu\n"
             "model, _ = lora_edu.load_pretrained()\n"
             "lora_edu.apply_lora(model)\n"
-            "assert not any(name.startswith('lora_edu.page') for name in sys.modules)\n")
+            "assert not any(name.startswith('lora_edu.course') for name in sys.modules)\n")
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lora_edu.lora.apply import apply_lora
+from lora_edu.lora.inject import apply_lora
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import FABLE, load_pretrained
 from lora_edu.models.sizes import PRESETS, Sizes, sizes_of
@@ -132,6 +132,6 @@ def test_a_name_on_the_hub_needs_its_config_alone(tmp_path):
     assert found.returncode == 0 and f"owner/small: {want:,} parameters" in found.stdout
     assert not [line for line in asked if "model.safetensors" in line]
     assert nowhere.returncode == 1
-    assert nowhere.stderr.splitlines()[-1].startswith("lora-edu: 'owner/nowhere' is no preset and no file, and the hub did not give")
+    assert nowhere.stderr.splitlines()[-1].startswith("lora-edu: 'owner/nowhere' is neither a folder nor a file, and the hub did not give")
     again = asked_for("owner/small", HF_HUB_OFFLINE="1")                    # the server is gone: from the cache
     assert again.stdout == found.stdout

@@ -29,7 +29,7 @@ CASES = [pytest.param(path, *case, id=f"{path.stem[:2]}-{case[0]}") for path in 
 
 @pytest.mark.parametrize("path, checker, argument, solution", CASES)
 def test_the_hidden_solution_passes(path, checker, argument, solution):
-    checks = __import__(f"lora_edu.page.checks.nb{path.stem[:2]}", fromlist=["*"])
+    checks = __import__(f"lora_edu.course.checks.nb{path.stem[:2]}", fromlist=["*"])
     scope = {}
     exec("import torch\nfrom torch import nn\nfrom lora_edu import *\n", scope)
     if argument.startswith("{"):                                    # check_mystery({"P": None, ...})

@@ -58,7 +58,7 @@ def test_every_phrasing_and_template_is_used():
 
 
 def test_splits_share_no_prompt_and_no_triple_but_all_names():
-    found = {split: bistro.records(split, 2000) for split in bistro.SPLITS}
+    found = {split: bistro.cards(split, 2000) for split in bistro.SPLITS}
     triples = {split: {(r["name"], r.get("food"), r.get("area")) for r in part} for split, part in found.items()}
     for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
         assert not triples[one] & triples[other]
@@ -67,7 +67,7 @@ def test_splits_share_no_prompt_and_no_triple_but_all_names():
 
 
 def test_records_are_different_keep_the_name_and_drop_at_most_two():
-    found = bistro.records("test", 400, seed=1)
+    found = bistro.cards("test", 400, seed=1)
     assert len({bistro.prompt(r) for r in found}) == 400
     assert {len(r) for r in found} == {4, 5, 6} and all(list(r) == [s for s in SLOTS if s in r] for r in found)
     assert all("name" in r for r in found)
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_and_another_seed_others(tokenizer):
 
 def test_known_examples_do_not_move():
     """A stored adapter and stored records rest on these: changing the grammar means making them again."""
-    assert bistro.prompt(bistro.records("test", 1)[0]) == (
+    assert bistro.prompt(bistro.cards("test", 1)[0]) == (
         "name: The Black Bear | food: Turkish | price: expensive | area: forest\n=>")
     assert bistro.examples("train", 1)[0][1] == (
         "Rabbit Well is a house that earned one star, serves Indian food and lies near the market. "
@@ -112,7 +112,7 @@ def test_heldout_is_fixed_unseen_and_complete(tokenizer):
     assert [len(inputs) for inputs, _ in batches] == [10, 10, 5]
     ends = sum(int((targets == 0).sum()) for _, targets in batches)
     assert ends == 25
-    prompts = {bistro.prompt(r) for r in bistro.records("valid", 25, seed=2)}
+    prompts = {bistro.prompt(r) for r in bistro.cards("valid", 25, seed=2)}
     read = {tokenizer.decode(row[row != 0].tolist()).split("=>")[0] + "=>" for inputs, _ in batches for row in inputs}
     assert read == prompts
 
@@ -156,13 +156,13 @@ def test_a_text_about_something_else_scores_nothing():
 
 @pytest.mark.parametrize("texts, records", [([], []), (["a"], []), (["a"], [FULL, FULL])])
 def test_texts_and_records_must_go_together(texts, records):
-    with pytest.raises(ValueError, match="one text for each record"):
+    with pytest.raises(ValueError, match="one text for each card"):
         slot_accuracy(texts, records)
 
 
 def test_floor_equals_brute_force_over_written_sentences():
     """Oracle: write the sentences out, and read them, instead of comparing records."""
-    given = bistro.records("test", 12, seed=9)
+    given = bistro.cards("test", 12, seed=9)
     rng = random.Random(0)
     ordered = [(a, b) for a in given for b in given if a is not b]
     spoken = slot_accuracy([bistro.sentence(a, rng) for a, _ in ordered], [b for _, b in ordered])
@@ -174,14 +174,14 @@ def test_floor_equals_brute_force_over_written_sentences():
 
 
 def test_floor_is_low_and_needs_two_records():
-    found = bistro.floor(bistro.records("test", 150))
+    found = bistro.floor(bistro.cards("test", 150))
     assert 0.1 < found["random"].slots < found["constant"].slots < 0.3
     assert found["constant"].all_slots < 0.02
     with pytest.raises(ValueError, match="at least 2"):
         bistro.floor([FULL])
 
 
-@pytest.mark.parametrize("call", [lambda: bistro.records("dev", 3), lambda: next(bistro.stream("all", 0))])
+@pytest.mark.parametrize("call", [lambda: bistro.cards("dev", 3), lambda: next(bistro.stream("all", 0))])
 def test_an_unknown_split_is_refused(call):
     with pytest.raises(ValueError, match="train, valid, test"):
         call()
@@ -190,7 +190,7 @@ def test_an_unknown_split_is_refused(call):
 @pytest.mark.parametrize("n", [0, -1, 2001])
 def test_a_number_of_records_that_cannot_be_had_is_refused(n):
     with pytest.raises(ValueError, match="choose 1 to 2,000"):
-        bistro.records("test", n)
+        bistro.cards("test", n)
 
 
 class Waiter(nn.Module):

@@ -93,24 +93,6 @@ def test_a_long_text_is_cut_and_shows_its_progress(tokenizer, monkeypatch, capfd
     assert "tokenize" in capfd.readouterr().err
 
 
-@given(n=st.integers(2, 500), held_out=st.floats(0.01, 0.99))
-def test_split_loses_nothing_and_never_overlaps(n, held_out):
-    tokens = torch.arange(n)
-    if not 0 < round(n * (1 - held_out)) < n:
-        with pytest.raises(ValueError, match="leaves one side empty"):
-            corpora.split(tokens, held_out)
-        return
-    train, rest = corpora.split(tokens, held_out)
-    assert torch.equal(torch.cat([train, rest]), tokens)
-    assert abs(len(rest) - held_out * n) <= 0.5 + 1e-9
-
-
-@pytest.mark.parametrize("held_out", [0.0, 1.0, -0.5, 1.5])
-def test_split_refuses_a_share_that_leaves_nothing(held_out):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        corpora.split(torch.arange(100), held_out)
-
-
 @settings(deadline=None)
 @given(n=st.integers(2, 300), length=st.integers(1, 40), batch_size=st.integers(1, 7), seed=st.integers(0, 2**40))
 def test_packed_batches_are_windows_of_the_text_and_repeat_with_their_seed(n, length, batch_size, seed):
@@ -217,7 +199,3 @@ def test_tales_refuse_a_model_that_carries_an_adapter(tokenizer):
     model.lora_A = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="before apply_lora"):
         corpora.tales_from(model, tokenizer, n=1)
-
-
-def test_shakespeare_and_e2e_stand_beside_the_other_corpora():
-    assert corpora.shakespeare.__module__ == corpora.e2e.__module__ == "lora_edu.training.downloads"

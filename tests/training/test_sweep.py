@@ -9,18 +9,20 @@ import sys
 import pytest
 import torch
 
-from lora_edu.lora.apply import lora_layers
-from lora_edu.lora.stack import Adapter, LoRAStack, StackedLinear
+from lora_edu.lora.inject import lora_layers
+from lora_edu.lora.settings import LoRASettings
+from lora_edu.lora.stack import LoRAStack, StackedLinear
 from lora_edu.training import sweep as module
 from lora_edu.training.loop import constant, evaluate, train
-from lora_edu.training.sweep import SweepTable, evaluate_stack, side_by_side, sweep, train_stack
-from tests.lora.test_stack import wrapped
+from lora_edu.training.stacked import evaluate_stack, side_by_side, train_stack
+from lora_edu.training.sweep import SweepTable, sweep
 from tests.lora.test_stack import batches as batches_of
+from tests.lora.test_stack import wrapped
 from tests.lora.tiny import our_llama
 
 STEPS = 12
-GRID = [Adapter(8, 16.0, lr=0.004, seed=1), Adapter(1, 2.0, ("q_proj", "v_proj"), lr=0.02, seed=2), Adapter(4, 8.0, lr=0.005, seed=2),
-        Adapter(1, 16.0, lr=0.01, seed=1), Adapter(2, 8.0, rslora=True, lr=0.01, seed=1)]
+GRID = [LoRASettings(8, 16.0, lr=0.004, seed=1), LoRASettings(1, 2.0, ("q_proj", "v_proj"), lr=0.02, seed=2), LoRASettings(4, 8.0, lr=0.005, seed=2),
+        LoRASettings(1, 16.0, lr=0.01, seed=1), LoRASettings(2, 8.0, rslora=True, lr=0.01, seed=1)]
 HELDOUT = list(batches_of(5, 2, rows=11)) + list(batches_of(6, 1, rows=2, width=5))
 
 
@@ -113,7 +115,7 @@ def test_an_absurd_rate_is_marked_and_harms_nobody(lr, schedule, pairs, monkeypa
     monkeypatch.setattr(module, "CPU", 4)
     dtype = torch.float64 if schedule else torch.float32
     base, how = our_llama().to(dtype), {"schedule": schedule} if schedule else {}
-    wild = Adapter(1, 2.0, lr=lr, seed=1)
+    wild = LoRASettings(1, 2.0, lr=lr, seed=1)
     table = run(base, [GRID[1], wild, GRID[3], GRID[2]], every=1, score=lambda model: {"scored": True}, out=tmp_path / "a.json", **how)
     without = run(base, [GRID[1], GRID[3], GRID[2]], every=1, **how)
     assert table[1]["diverged"] in (1, 2, 3) and "scored" not in table[1]
@@ -128,13 +130,13 @@ def test_an_absurd_rate_is_marked_and_harms_nobody(lr, schedule, pairs, monkeypa
 
 
 def test_a_run_that_breaks_in_its_last_update_has_diverged_too(base, tmp_path):
-    table = sweep(base, [Adapter(1, 2.0, lr=1e200), GRID[3]], batches, 1, HELDOUT, out=tmp_path / "a.json")
+    table = sweep(base, [LoRASettings(1, 2.0, lr=1e200), GRID[3]], batches, 1, HELDOUT, out=tmp_path / "a.json")
     assert table[0]["diverged"] == 1 and table[0]["heldout"] == [] and table[1]["diverged"] is None
     assert "NaN" not in (tmp_path / "a.json").read_text()
 
 
 def test_a_diverged_adapter_goes_back_to_its_start(base):
-    stack = LoRAStack(base, [GRID[3], Adapter(2, 4.0, lr=1e200, seed=9)])
+    stack = LoRAStack(base, [GRID[3], LoRASettings(2, 4.0, lr=1e200, seed=9)])
     start = [p.clone() for p in stack.parameters_of(1)]
     steps = list(train_stack(stack, (side_by_side([b, b]) for b in batches(1)), 6))
     nans = [math.isnan(step.losses[1]) for step in steps]
@@ -201,8 +203,8 @@ def test_a_file_of_something_else_is_left_alone(text, message, base, tmp_path):
     ({"steps": 0}, "steps=0 and .* at least one of each"),
     ({"heldout": []}, "0 held-out tokens that count"),
     ({"heldout": [(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -100))]}, "0 held-out tokens that count"),
-    ({"grid": [*GRID, Adapter(9)]}, "adapter 5: rank=9 does not fit"),
-    ({"grid": [GRID[0], Adapter(target_modules=("v_porj",))]}, "adapter 1: .*Did you mean 'v_proj'"),
+    ({"grid": [*GRID, LoRASettings(9)]}, "adapter 5: .*rank=9 does not fit"),
+    ({"grid": [GRID[0], LoRASettings(target_modules=("v_porj",))]}, "adapter 1: .*Did you mean 'v_proj'"),
     ({"memory": 1e4}, r"an adapter of rank 1 needs about 0 MB for batches of \(3, 8\), and memory=0 MB"),
     ({"batches": lambda seed: iter([])}, r"batches\(2\) gives no batch"),
 ])
@@ -239,17 +241,17 @@ def test_batches_that_end_early_or_differ_in_rows(base):
 
 def test_chunks_are_as_many_as_fit(base, monkeypatch):
     monkeypatch.setattr(module, "CPU", 100)
-    alike, batch = [Adapter(4, 8.0, seed=1)] * 10, next(batches(1))
+    alike, batch = [LoRASettings(4, 8.0, seed=1)] * 10, next(batches(1))
     one = module._bytes_for(base, alike[0], batch, None)
     assert [module._fitting(base, alike, batches, share * one, None) for share in (1.01, 3.01, 3.99, 50)] == [1, 3, 3, 10]
-    mixed = [Adapter(1, 2.0, seed=1)] * 3 + alike                # the largest rank counts for all: the others are padded
+    mixed = [LoRASettings(1, 2.0, seed=1)] * 3 + alike                # the largest rank counts for all: the others are padded
     assert module._fitting(base, mixed, batches, 4.01 * one, None) == 4 and module._fitting(base, mixed, batches, 3.99 * one, None) == 3
     assert not any(isinstance(m, StackedLinear) for m in base.modules())
 
 
 def test_the_estimate_grows_with_rank_rows_and_precision(base):
     def need(rank=1, rows=3, model=base):
-        return module._bytes_for(model, Adapter(rank, 2.0), next(batches_of(1, 1, rows=rows)), None)
+        return module._bytes_for(model, LoRASettings(rank, 2.0), next(batches_of(1, 1, rows=rows)), None)
     activations, factors = need(1, 6) - need(1, 3), need(8) - need(1)
     numbers = sum(7 * sum(p.shape) for n, p in base.named_parameters() if p.ndim == 2 and "proj" in n)
     assert activations == pytest.approx(need(1, 9) - need(1, 6), rel=0.05) and factors > 20 * numbers
@@ -257,14 +259,14 @@ def test_the_estimate_grows_with_rank_rows_and_precision(base):
 
 
 def test_a_cpu_parts_ranks_that_differ_much(base):
-    grid = [Adapter(1, 2.0)] * 2 + [Adapter(8, 2.0, ("gate_proj",))] + [Adapter(12, 2.0, ("gate_proj",))] * 2
+    grid = [LoRASettings(1, 2.0)] * 2 + [LoRASettings(8, 2.0, ("gate_proj",))] + [LoRASettings(12, 2.0, ("gate_proj",))] * 2
     assert module._fitting(base, grid, batches, 4e9, None) == 3
 
 
 MEMORY = """
 import torch
 from pathlib import Path
-from lora_edu.lora.stack import Adapter
+from lora_edu.lora.stack import LoRASettings
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.training import sweep
 
@@ -280,7 +282,7 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
 def run(count, memory):
-    sweep.sweep(model, [Adapter(8, 16.0)] * count, lambda seed: iter([batch] * 3), 3, [batch], memory=memory,
+    sweep.sweep(model, [LoRASettings(8, 16.0)] * count, lambda seed: iter([batch] * 3), 3, [batch], memory=memory,
                 watch=lambda chunk, step: sizes.add(len(chunk)))
 
 run(1, 4e9)                             # what is loaded once is loaded now
@@ -320,7 +322,7 @@ def test_the_table_is_read_and_kept(base, tmp_path):
     assert len(lines) == 6 and lines[0].split() == ["rank", "alpha", "scaling", "learning", "rate", "seed", "held-out", "loss"]
     assert lines[2].split() == ["1", "2", "2", "0.02", "2", f"{table[1]['heldout'][-1][1]:.3f}"]
     page = table._repr_html_()
-    assert page.startswith("<table>") and page.count("<tr>") == 6 and f"<td>{table[0]['heldout'][-1][1]:.3f}</td>" in page
+    assert page.startswith("<table>") and page.count("<tr>") == 6 and f">{table[0]['heldout'][-1][1]:.3f}</td>" in page
     table.save(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads(json.dumps(list(table)))
     with pytest.raises(ValueError):

@@ -1,0 +1,141 @@
+"""One side of a comparison of two models: its tensors by name, read one at a time.
+
+`open_side` takes a model in memory, a folder, a file or a name on the hub and gives one of two readers, which answer alike:
+`names`, `shapes`, `get(name)`, `dtype(name)`, `tied` (second name -> first name), `layer(name)`, the module that holds a tensor, if
+known, `module_names`, and `files`, where it was read from.
+"""
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_edu.files import HUB_EXAMPLE, locate, read_json, read_tensor, tensor_files, tensor_headers
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PICKLED = (".bin", ".pt", ".pth")
+
+
+class TensorsInMemory:
+    """A model's parameters and stored buffers, or what `torch.load` made of pickled files (mapped, so read when used)."""
+
+    def __init__(self, source: str, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None,
+                 files: Sequence[Path] = ()):
+        self.source, self.tensors, self.names, self.files = source, tensors, list(tensors), files
+        self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        self.modules = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
+        self.module_names = list(self.modules) or parents(self.names)
+        self.tied = same_storage(tensors)
+
+    def get(self, name: str) -> torch.Tensor:
+        if self.tensors[name].is_meta:
+            raise ValueError(f"{name} of {self.source} has no values (it is on the meta device): load the weights first.")
+        return self.tensors[name].detach()
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        return self.tensors[name].dtype
+
+    def layer(self, name: str) -> nn.Module | None:
+        return self.modules.get(name.rpartition(".")[0])
+
+
+class TensorsInFiles:
+    """Safetensors files, opened anew for every tensor."""
+
+    def __init__(self, source: str, where: Mapping[str, Path], config: Mapping):
+        self.source, self.where, self.names = source, where, list(where)
+        self.files = list(dict.fromkeys(where.values()))
+        headers = read_headers(where)
+        self.shapes = {name: shape for name, (shape, _) in headers.items()}
+        self.dtypes = {name: FLOATS.get(dtype, dtype) for name, (_, dtype) in headers.items()}
+        self.module_names = parents(self.names)
+        embedding = next((n for n in self.names if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
+        tied = config.get("tie_word_embeddings") and embedding and "lm_head.weight" in where      # stored twice all the same
+        self.tied = {"lm_head.weight": embedding} if tied else {}
+
+    def get(self, name: str) -> torch.Tensor:
+        return read_tensor(self.where[name], name)
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        return self.dtypes[name]
+
+    def layer(self, name: str) -> None:
+        return None
+
+
+Side = TensorsInMemory | TensorsInFiles
+
+
+def open_side(source: nn.Module | str | Path) -> Side:
+    """A reader of one side's tensors.
+
+    Args:
+        source: a model; a folder with model.safetensors, its shards or old pytorch_model*.bin; a .safetensors file; a pickled .bin
+            or .pt file of plain tensors; a name on the hub, fetched to the hub client's cache.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing is there, or what is there is damaged or not plain tensors.
+        RuntimeError: the hub did not give the name.
+    """
+    if isinstance(source, nn.Module):
+        return TensorsInMemory(getattr(source, "name_or_path", "") or type(source).__name__, source.state_dict(keep_vars=True), source)
+    path, said = locate(source), str(source)
+    if path.is_file():
+        if path.suffix in PICKLED:
+            return TensorsInMemory(said, load_pickled(path), files=[path])
+        return TensorsInFiles(said, dict.fromkeys(tensor_headers(path), path), read_config(path.parent))
+    old = sorted(path.glob("pytorch_model*.bin"))
+    if old and not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return TensorsInMemory(said, {name: t for file in old for name, t in load_pickled(file).items()}, files=old)
+    return TensorsInFiles(said, tensor_files(path), read_config(path))
+
+
+def load_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an old file, read by the loader that builds nothing but tensors; anything else in it is refused."""
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is damaged, or a pickle that holds more than plain tensors and could run code, so it is not read: "
+                         f"convert it to safetensors where you trust it ({type(error).__name__}).") from None
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        raise ValueError(f"{file} holds a {type(loaded).__name__}, not tensors by name: save model.state_dict() instead.")
+    return loaded
+
+
+def read_headers(where: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    headers = {}
+    for file in dict.fromkeys(where.values()):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is named in the index but missing: fetch the folder again ({HUB_EXAMPLE}).")
+        held = tensor_headers(file)
+        missing = [name for name, place in where.items() if place == file and name not in held]
+        if missing:
+            raise ValueError(f"the index says that {file} holds {missing[0]}, and it does not: fetch the folder again.")
+        headers |= {name: header for name, header in held.items() if where.get(name) == file}
+    return headers
+
+
+def read_config(folder: Path) -> Mapping:
+    file = folder / "config.json"
+    return read_json(file, "the config.json of the model") if file.is_file() else {}
+
+
+
+def same_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Second name -> first name of each tensor that has two."""
+    first, tied = {}, {}
+    for name, t in tensors.items():
+        key = (id(t),) if t.is_meta or not t.numel() else (t.device, t.data_ptr(), t.shape, t.stride())
+        if key in first:
+            tied[name] = first[key]
+        first.setdefault(key, name)
+    return tied
+
+
+def parents(names: list[str]) -> list[str]:
+    """The modules that tensors of these names imply: "a.b.weight" lies in a.b, which lies in a."""
+    parts = [name.split(".")[:-1] for name in names]
+    return list(dict.fromkeys(".".join(p[:i]) for p in parts for i in range(1, len(p) + 1)))

@@ -1,0 +1,50 @@
+"""The figures of plain matrices: singular values, and a picture compressed to a few ranks."""
+import numpy as np
+from matplotlib.figure import Figure
+
+from lora_edu.course.page.show import LABELS, look, new_figure
+
+
+def plot_singular_values(matrices, title: str = "Singular values", log: bool = True) -> Figure:
+    """Singular values, largest first. ``matrices``: one 2-D array or tensor, or ``{name: matrix}`` for several."""
+    named = matrices if isinstance(matrices, dict) else {"": matrices}
+    fig, ax = new_figure(title=title, xlabel=LABELS["index"], ylabel=LABELS["sigma"], yscale="log" if log else "linear")
+    for i, (name, matrix) in enumerate(named.items()):
+        sigma = np.linalg.svd(_array(matrix), compute_uv=False)
+        ax.plot(range(1, len(sigma) + 1), sigma, label=name, markevery=max(1, len(sigma) // 40), **look(i))
+    if list(named) != [""]:
+        ax.legend(frameon=False)
+    return fig
+
+
+def plot_picture_ranks(picture, ranks=(1, 4, 16), title: str = "Few numbers make a recognisable picture", width: float = 2.1) -> Figure:
+    """A grey picture, (height, width), beside its best versions of the given ranks, each with its count of numbers."""
+    pixels = _array(picture)
+    U, S, Vh = np.linalg.svd(pixels, full_matrices=False)
+    fig, parts = new_figure(width=width * (1 + len(ranks)), height=width * pixels.shape[0] / pixels.shape[1] + 0.9, columns=1 + len(ranks))
+    fig.suptitle(title)
+    for ax, rank in zip(parts, (None, *ranks)):
+        ax.imshow(pixels if rank is None else U[:, :rank] * S[:rank] @ Vh[:rank], cmap="gray", vmin=pixels.min(), vmax=pixels.max())
+        count = pixels.size if rank is None else rank * sum(pixels.shape)
+        ax.set_title(("the picture" if rank is None else f"rank {rank}") + f"\n{count:,} numbers", fontsize=10)
+        ax.set_axis_off()
+    return fig
+
+
+def sample_picture(size: int = 256) -> np.ndarray:
+    """A grey picture to compress, (size, size), 0 to 1: the portrait of Grace Hopper (US Navy, public domain) that matplotlib carries."""
+    from matplotlib.cbook import get_sample_data
+    from PIL import Image
+    with get_sample_data("grace_hopper.jpg") as file:
+        grey = Image.open(file).convert("L")
+        side = min(grey.size)
+        return np.asarray(grey.crop((0, 0, side, side)).resize((size, size)), dtype=float) / 255
+
+
+def _array(matrix) -> np.ndarray:
+    """A 2-D float64 array from a tensor (any dtype, any device), an array or a list."""
+    values = matrix.detach().cpu().double().numpy() if hasattr(matrix, "detach") else np.asarray(matrix, dtype=float)
+    if values.ndim != 2 or not np.isfinite(values).all():
+        raise ValueError(f"a picture needs a matrix of finite numbers; got shape {tuple(values.shape)}"
+                         + ("" if np.isfinite(values).all() else " with nan or inf in it") + ".")
+    return values

@@ -1,0 +1,1 @@
+"""One interactive thing a file."""

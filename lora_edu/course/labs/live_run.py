@@ -1,0 +1,175 @@
+"""One LoRA training that moves forward in small pieces of work: what a page can play, pause and go through step by step.
+
+`LiveRun.advance` works for about a fifth of a second and returns. What it finds is a function of the steps done and of
+nothing else: measuring belongs to fixed steps, and a step counts when all that belongs to it is done. So whoever calls, and
+how often, decides when something is seen and never what.
+"""
+import math
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_edu.lora.inject import apply_lora, share_weights
+from lora_edu.lora.layer import LoRALinear
+from lora_edu.lora.settings import LoRASettings
+from lora_edu.training import bistro
+from lora_edu.training.corpora import completions
+from lora_edu.training.loop import Batch, evaluate, sixteen_bits, train
+
+EVERY, SAMPLE_EVERY = 10, 25     # steps between two measurements, and between two samples
+SAMPLE, EXAM = 48, 4             # tokens of a sample; prompts of the exam that are answered in one piece of work
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a run learns from and is judged by.
+
+    Args:
+        tokenizer, prompt: a sample is what the model writes after the prompt.
+        batches: ``batches(steps, seed)`` gives the training batches, the same ones each time.
+        heldout, tales: small fixed batches of the task and of tales; each batch is a piece of work, so let it have about 8 rows.
+        cards: bistro's test cards for the exam at the end; empty for a task without slots.
+    """
+
+    tokenizer: object
+    prompt: str
+    batches: Callable[[int, int], Iterable[Batch]]
+    heldout: list[Batch]
+    tales: list[Batch]
+    cards: list[bistro.Card]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Held-out loss on the task and on the tales after `step` steps, in nats per token."""
+
+    step: int
+    heldout: float
+    tales: float
+
+
+class LiveRun:
+    """A LoRA training of `steps` steps (the schedule of `train`) that waits between two pieces of work.
+
+    Args:
+        base: the untouched model, on the device to train on. Its weights are shared, frozen, by all runs on it.
+        adapter: rank, scaling, targets, learning rate and seed (of the random start and of the data).
+
+    Attributes:
+        done, steps, complete: steps done, of how many; complete is True when there is nothing left to do, the exam included.
+        losses: one for each step done, that of the step's batch before its update, nats per token.
+        points: held-out and tales loss before the first step (known from step 1 on), at every 10th and at the last step.
+        samples: (step, text) at every 25th and at the last step.
+        sigma: singular values of scaling * B A of the matrix `watched`, largest first, after the steps done.
+        slots: share of the slots right at the end, or None. diverged: the step whose loss was not a finite number, or None.
+        report: what `apply_lora` said: trainable numbers, bytes.
+
+    Raises:
+        ValueError: settings that do not fit the model, as in `apply_lora`; more steps than batches, when they are reached.
+    """
+
+    def __init__(self, base: nn.Module, adapter: LoRASettings, lesson: Lesson, steps: int = 100):
+        if steps < 1:
+            raise ValueError(f"steps={steps}: a run needs at least 1 step.")
+        self.lesson, self.steps, self.done, self.complete = lesson, steps, 0, False
+        self.losses: list[float] = []
+        self.points: list[Point] = []
+        self.samples: list[tuple[int, str]] = []
+        self.slots = self.diverged = None
+        self.device = next(base.parameters()).device
+        self.model = share_weights(base)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):     # other cells' random numbers stay theirs
+            torch.manual_seed(adapter.seed)
+            self.report = apply_lora(self.model, adapter.target_modules, adapter.rank, adapter.scaling * adapter.rank)
+        self.watched = middle(list(self.report.matched))
+        self.sigma = [0.0] * adapter.rank
+        self._work = self._pieces(adapter)
+
+    def advance(self, target: int | None = None, seconds: float = 0.2) -> int:
+        """Work until `target` steps are done (None: to the end, the exam included) or for about `seconds`; returns the steps done.
+
+        At least one piece of work is done, if there is any. After an exception the run cannot go on: build another.
+        """
+        began = now = time.perf_counter()
+        while not self.complete and (target is None or self.done < min(target, self.steps)):
+            last = now
+            next(self._work)
+            now = time.perf_counter()
+            if now - began + (now - last) / 2 > seconds:      # another such piece would end further from the mark than this one
+                break
+        return self.done
+
+    def close(self) -> None:
+        """End the run and free its model; what it found stays."""
+        self.complete = True
+        self.model = self._work = None
+
+    def _pieces(self, adapter: LoRASettings) -> Generator[None, None, None]:
+        """All the work, a pause after each piece; what belongs to a step is published together."""
+        before = yield from self._measure(0)
+        autocast = sixteen_bits(self.device) if self.device.type == "cuda" else None     # float32 on a CPU, whichever it is
+        batches = self.lesson.batches(self.steps, adapter.seed)
+        for step in train(self.model, batches, self.steps, adapter.lr, autocast=autocast):
+            last, found, sample = step.step == self.steps, [] if self.points else [before], []
+            sigma = singular_values(self.model.get_submodule(self.watched))
+            if last or step.step % EVERY == 0:
+                yield
+                found.append((yield from self._measure(step.step)))
+            if last or step.step % SAMPLE_EVERY == 0:
+                yield
+                sample = [(step.step, completions(self.model, self.lesson.tokenizer, [self.lesson.prompt], max_new_tokens=SAMPLE)[0])]
+            if not all(map(math.isfinite, (step.loss, *sigma, *(point.heldout + point.tales for point in found)))):
+                self.diverged, self.complete = step.step, True
+                yield
+            self.losses.append(step.loss)
+            self.points += found
+            self.samples += sample
+            self.sigma, self.done = sigma, step.step
+            yield
+        yield from self._exam()
+        self.complete = True
+        yield
+
+    def _measure(self, step: int) -> Generator[None, None, Point]:
+        heldout = yield from self._loss(self.lesson.heldout)
+        tales = yield from self._loss(self.lesson.tales)
+        return Point(step, heldout, tales)
+
+    def _loss(self, batches: list[Batch]) -> Generator[None, None, float]:
+        """`evaluate`, with a pause after each batch."""
+        counts, losses = [(targets != -100).sum().item() for _, targets in batches], []
+        for batch in batches:
+            losses.append(evaluate(self.model, [batch]))
+            yield
+        return sum(count * loss for count, loss in zip(counts, losses)) / sum(counts)
+
+    def _exam(self) -> Generator[None, None, None]:
+        cards, texts = self.lesson.cards, []
+        for i in range(0, len(cards), EXAM):
+            texts += bistro.write(self.model, self.lesson.tokenizer, cards[i:i + EXAM])
+            yield
+        if cards:
+            self.slots = bistro.slot_accuracy(texts, cards).slots
+
+
+def middle(names: list[str]) -> str:
+    """The matrix to watch: o_proj of the middle layer, else its v_proj, else whatever comes first there."""
+    ending = next((e for e in ("o_proj", "v_proj") if any(name.endswith(e) for name in names)), names[0].rpartition(".")[2])
+    kind = [name for name in names if name.endswith(ending)]
+    return kind[len(kind) // 2]
+
+
+@torch.no_grad()
+def singular_values(layer: LoRALinear) -> list[float]:
+    """The singular values of scaling * B A, largest first, (rank,); all nan if a factor is not finite.
+
+    With B = Q R and A.T = P S they are those of the small R S.T: the (out, in) product is never made.
+    """
+    B, A = (factor.detach().cpu().double() for factor in (layer.lora_B, layer.lora_A))
+    if not (B.isfinite().all() and A.isfinite().all()):
+        return [math.nan] * layer.rank
+    R, S = (torch.linalg.qr(factor).R for factor in (B, A.T))                # (rank, rank) each
+    return (layer.scaling * torch.linalg.svdvals(R @ S.T)).tolist()

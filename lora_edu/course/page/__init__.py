@@ -1,0 +1,1 @@
+"""The machinery of a page: claims, guesses, exercises, pictures and controls."""

@@ -1,0 +1,83 @@
+"""How every figure of the course looks, and how a cell shows one.
+
+No pyplot: a slider's callback may run in another thread, and pyplot's "current figure" is shared by all of them.
+Lines differ by marker and dash as well as by colour (Okabe-Ito, safe for colour-blind readers); axis labels and their
+units come from ``LABELS``, so one quantity has one name everywhere. The caller's title states the finding.
+"""
+import base64
+import io
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"
+COLORS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
+GREY = "#666666"
+LABELS = {
+    "step": "optimizer step",
+    "loss": "loss (nats per token)",
+    "task": "loss on the new task (nats per token)",
+    "tales": "loss on the tales (nats per token)",
+    "alpha": "strength of the adapter (0: off, 1: full)",
+    "rank": "rank r",
+    "lr": "learning rate",
+    "parameters": "trainable numbers",
+    "bytes": "size (bytes)",
+    "energy": "energy kept (%)",
+    "slots": "slots right (%)",
+    "index": "index i of the singular value",
+    "sigma": r"singular value $\sigma_i$",
+    "change": r"size of the update, $\|\Delta W\| / \|W_0\|$ (no unit)",
+    "entry": "value of the entry",
+    "rank kept": "rank r kept of the update (log scale, and 0)",
+    "kept": "kept of the whole update (%)",
+    "kept or right": "kept of the whole update, or slots right (%)",
+    "density": r"density (per unit of $\sigma$)",
+}
+
+
+def new_figure(width: float = 6.4, height: float = 3.6, columns: int = 1, **axes):
+    """A figure (inches, 100 dots each) and its axes, in the course's style."""
+    fig = Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
+    parts = fig.subplots(1, columns, squeeze=False)[0]
+    for ax in parts:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.set(**axes)
+    return fig, parts[0] if columns == 1 else parts
+
+
+def look(i: int) -> dict:
+    """Colour, marker and dash of the i-th line."""
+    return dict(color=COLORS[i % 7], marker=MARKERS[i % 7], linestyle=DASHES[i % 7], markersize=5, linewidth=1.6)
+
+
+def png(fig: Figure) -> bytes:
+    """The figure as PNG bytes; the same figure, drawn anew, gives the same bytes."""
+    out = io.BytesIO()
+    FigureCanvasAgg(fig).print_png(out, metadata={"Software": None})     # `savefig` gives the same picture and draws it twice
+    return out.getvalue()
+
+
+def few_colors(data: bytes) -> bytes:
+    """The same picture in its 256 most useful colours: a third of the bytes in a notebook's file."""
+    from PIL import Image
+    out = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def title_of(fig: Figure) -> str:
+    """The figure's own title, or that of its first axes."""
+    return fig.get_suptitle() or (fig.axes[0].get_title() if fig.axes else "") or "untitled"
+
+
+def show(fig: Figure) -> None:
+    """Display the figure's PNG. Its text form is the title, so that a stored output compares equal elsewhere."""
+    from IPython.display import display
+    title = title_of(fig)
+    data = {"image/png": base64.b64encode(few_colors(png(fig))).decode(), "text/plain": f"<figure: {title}>"}
+    display(data, metadata={"image/png": {"alt": title}}, raw=True)

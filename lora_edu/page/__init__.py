@@ -1,1 +1,0 @@
-"""What the reader sees: claims, guesses, exercises, figures, widgets."""

@@ -1,1 +1,0 @@
-"""Checkers of the exercises, one file a notebook."""

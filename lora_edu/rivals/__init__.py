@@ -1,0 +1,1 @@
+"""What else one could do: bottleneck adapters, prefix and prompt tuning, biases; and the table of all methods."""
