@@ -9,8 +9,8 @@
 
 Needs Python 3.11 to 3.13 and nothing else. The first call makes .venv here and installs into it what pyproject.toml and
 constraints.txt say; later calls install again only when one of the two has changed. Which build of PyTorch you get is
-up to the package index: set PIP_EXTRA_INDEX_URL, PIP_INDEX_URL or PIP_FIND_LINKS as pip documents them. `colab` does the
-same in .venv-colab with colab-constraints.txt.
+up to the package index: set PIP_EXTRA_INDEX_URL, PIP_INDEX_URL or PIP_FIND_LINKS as pip documents them. `colab` does
+the same in .venv-colab with colab-constraints.txt.
 
 Run on Linux. Written for macOS and Windows too, but not run there.
 """
@@ -43,9 +43,9 @@ def fail(text):
 
 
 # -- the environment ---------------------------------------------------------------------------------------------------
-# .venv is trusted when the stamp in it, written last, says what is wanted now. While an install runs, a note lies beside
-# .venv; a note that is still there belongs to an install that was stopped, and pip does not notice a package that was
-# copied only halfway. So that .venv is made again. What is said here of .venv holds for .venv-colab, too.
+# .venv is trusted when the stamp in it, written last, says what is wanted now. While an install runs, a note lies
+# beside .venv; a note that is still there belongs to an install that was stopped, and pip does not notice a package
+# that was copied only halfway. So that .venv is made again. What is said here of .venv holds for .venv-colab, too.
 
 def use_colab():
     """From here on, this process is about the Colab stack: no JupyterLab and no browser there, only the notebooks."""
@@ -72,7 +72,8 @@ def unfinished_note():
 def wanted():
     """What a trusted .venv was made for: this Python, this folder (its scripts hold the path), these two files."""
     files = b"\0".join((HERE / name).read_bytes() for name in ("pyproject.toml", CONSTRAINTS))
-    return {"python": "{}.{}".format(*sys.version_info), "folder": str(HERE), "files": hashlib.sha256(files).hexdigest()}
+    return {"python": "{}.{}".format(*sys.version_info), "folder": str(HERE),
+            "files": hashlib.sha256(files).hexdigest()}
 
 
 def read_stamp():
@@ -122,7 +123,8 @@ def set_up():
         return
     say(f"{why}.")
     check_this_python()
-    unfinished_note().write_text("An install is running, or was stopped: the next call of dev.py makes " + ENV.name + " again.\n")
+    unfinished_note().write_text("An install is running, or was stopped: the next call of dev.py makes " + ENV.name
+                                 + " again.\n")
     stamp_file().unlink(missing_ok=True)
     if todo == "rebuild":
         make_env()
@@ -136,7 +138,8 @@ def set_up():
 
 def check_this_python():
     if sys.version_info >= (3, 14):
-        say(f"Python {sys.version.split()[0]} was never tried; 3.11 to 3.13 are. If packages are missing for it, take one of those.")
+        say(f"Python {sys.version.split()[0]} was never tried; 3.11 to 3.13 are. If packages are missing for it, take "
+            "one of those.")
 
 
 def make_env():
@@ -148,14 +151,15 @@ def make_env():
 
 def install_packages():
     if run([str(env_python()), "-m", "pip", "install", "--disable-pip-version-check", "-c", CONSTRAINTS, "-e", EXTRAS]):
-        fail(f"the install did not finish (pip's message is above), and {ENV.name} will not be used. Usual causes: no network, less "
-             "than 2 GB free (6 GB for a CUDA build), no packages for this Python. Then give the same command again.")
+        fail(f"the install did not finish (pip's message is above), and {ENV.name} will not be used. Usual causes: no "
+             "network, less than 2 GB free (6 GB for a CUDA build), no packages for this Python. Then give the same "
+             "command again.")
 
 
 def check_torch():
     """Print torch's version and build. A torch other than the pinned one fails here and not in some notebook."""
-    code = ("import json, torch; v = torch.version; "
-            "print(json.dumps([torch.__version__, v.cuda, getattr(v, 'hip', None)]))")
+    code = ("import json, torch; v = torch.version; print(json.dumps([torch.__version__, v.cuda, getattr(v, 'hip', "
+            "None)]))")
     answer = subprocess.run([str(env_python()), "-c", code], capture_output=True, text=True)
     if answer.returncode:
         fail(f"torch was installed and cannot be imported:\n{answer.stderr.strip()}")
@@ -164,16 +168,19 @@ def check_torch():
     say(f"torch {version}, the {build} build, on Python {usable_version(env_python())}.")
     pin = re.search(r"^torch==(\S+)", (HERE / CONSTRAINTS).read_text(encoding="utf-8"), re.MULTILINE)[1]
     if version.split("+")[0] != pin:
-        fail(f"{CONSTRAINTS} asks for torch {pin}, and pip installed {version}: look for PIP_CONSTRAINT or an index with only "
-             "other versions in pip's settings.")
+        fail(f"{CONSTRAINTS} asks for torch {pin}, and pip installed {version}: look for PIP_CONSTRAINT or an index "
+             "with only other versions in pip's settings.")
 
 
 def write_jupyter_settings():
-    """Widget callbacks wait for the running cell, as in Colab, where JupyterLab would run them in threads beside it; no news pops up."""
+    """Widget callbacks wait for the running cell, as in Colab, where JupyterLab would run them in threads beside it;
+    no news pops up.
+    """
     folder = ENV / "share" / "jupyter" / "lab" / "settings"
     folder.mkdir(parents=True, exist_ok=True)
     setting = {"@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"},
-               "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}   # a course works offline
+               # a course works offline
+               "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
     write_whole(folder / "overrides.json", json.dumps(setting, indent=1) + "\n")
 
 
@@ -208,7 +215,10 @@ def run(command, env=None):
 
 
 def test(more):
-    """Every test: the library's, the notebooks' stored outputs (nbval), the browser's. Paths come from pyproject.toml."""
+    """Every test: the library's, the notebooks' stored outputs (nbval), the browser's.
+
+    Paths come from pyproject.toml.
+    """
     set_up()
     command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", *more]
     return run(command, child_env(LORA_EDU_DEVICE="cpu"))
@@ -276,7 +286,8 @@ def lab(port=None, browser=True):
 # -- the command line --------------------------------------------------------------------------------------------------
 
 def parser():
-    top = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(prog="dev.py", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = top.add_subparsers(dest="verb", metavar="lab | test | notebooks | links | colab")
     verb = verbs.add_parser("lab", help="open JupyterLab on notebook 00")
     verb.add_argument("--no-browser", action="store_true", help="only print the address")
@@ -315,8 +326,8 @@ def main(argv):
 
 if __name__ == "__main__":
     if sys.version_info < (3, 11):
-        fail(f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}. Call this file with a newer one, for "
-             "example: python3.11 dev.py lab")
+        fail(f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}. Call this file with a newer one, "
+             "for example: python3.11 dev.py lab")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that what runs below us ends too
     try:
         sys.exit(main(sys.argv[1:]))

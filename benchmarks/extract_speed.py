@@ -1,15 +1,18 @@
 """How long it takes to cut a LoRA out of a full fine-tune: `extract_lora` beside a full SVD of every matrix.
 
-    python benchmarks/extract_speed.py                    a pair shaped like SmolLM2-135M, 2048 x 2048, the spectra of fable
-    python benchmarks/extract_speed.py --layers 2 --runs 1 --side 512     a small try
+    python benchmarks/extract_speed.py                    a pair shaped like SmolLM2-135M, 2048 x 2048, the spectra of
+    fable python benchmarks/extract_speed.py --layers 2 --runs 1 --side 512     a small try
 
-The pair lies in two safetensors files. Ours is the whole of `extract_lora` at rank 16: reading, subtracting, factors, reports, writing.
-The other side is what the usual extractors do: `torch.linalg.svd` of each ΔW, cut to rank 16, its factors in the same form; the files
-are read and subtracted there too. Both run in one process, one after the other in every run, with 2 threads; medians are compared.
+The pair lies in two safetensors files. Ours is the whole of `extract_lora` at rank 16: reading, subtracting, factors,
+reports, writing.
+The other side is what the usual extractors do: `torch.linalg.svd` of each ΔW, cut to rank 16, its factors in the same
+form; the files are read and subtracted there too. Both run in one process, one after the other in every run, with 2
+threads; medians are compared.
 
-What the pair's change looks like: singular values 1 / (i + 3)^p, i = 1, 2, ..., with p = 0.8 in the attention and 0.6 in the MLP, random
-singular vectors, and white noise of a tenth of its norm. The updates of a full fine-tune of fable on 200 steps of bistro follow these
-powers down to i = 128 and then fall faster; a flat spectrum is the hard case. The 2048 x 2048 matrix has p = 0.6.
+What the pair's change looks like: singular values 1 / (i + 3)^p, i = 1, 2, ..., with p = 0.8 in the attention and 0.6
+in the MLP, random singular vectors, and white noise of a tenth of its norm. The updates of a full fine-tune of fable on
+200 steps of bistro follow these powers down to i = 128 and then fall faster; a flat spectrum is the hard case. The 2048
+x 2048 matrix has p = 0.6.
 """
 import argparse
 import statistics
@@ -27,7 +30,8 @@ from lora_edu.checkpoints.extract import extract_lora
 from lora_edu.measure.spectra import spectrum
 
 RANK, THREADS = 16, 2
-SHAPES = {"self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576), "self_attn.o_proj": (576, 576),
+SHAPES = {"self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
+          "self_attn.o_proj": (576, 576),
           "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576), "mlp.down_proj": (576, 1536)}
 
 
@@ -89,7 +93,8 @@ def interleaved(runs: int, *calls: Callable[[], object]) -> list[float]:
 
 
 def compare(title: str, ours: float, full: float, worst: float) -> None:
-    print(f"{title}: ours {ours:.3f} s, full SVD {full:.3f} s, {full / ours:.1f} times as fast; worst excess error {worst:.1e}", flush=True)
+    print(f"{title}: ours {ours:.3f} s, full SVD {full:.3f} s, {full / ours:.1f} times as fast; worst excess error "
+          f"{worst:.1e}", flush=True)
 
 
 def time_pair(layers: int, runs: int) -> None:
@@ -99,7 +104,8 @@ def time_pair(layers: int, runs: int) -> None:
         outs = iter(range(10**6))
         ours, full = interleaved(runs, lambda: extract_lora(*pair, rank=RANK, out=folder / str(next(outs))),
                                  lambda: with_full_svds(*pair, folder / "full.safetensors"))
-        worst = max(excess(delta) for (_, _, delta), _ in zip(deltas(*pair), SHAPES))           # one layer: each shape once
+        # one layer: each shape once
+        worst = max(excess(delta) for (_, _, delta), _ in zip(deltas(*pair), SHAPES))
     compare(f"a pair of {layers} layers shaped like SmolLM2-135M, rank {RANK}", ours, full, worst)
 
 

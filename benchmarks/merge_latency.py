@@ -1,13 +1,14 @@
-"""Is a merged LoRA free? A forward pass of fable as it is, and with each method, at four shapes; and the ratio that must be 1.
+"""Is a merged LoRA free? A forward pass of fable as it is, and with each method, at four shapes; and the ratio that
+must be 1.
 
     python benchmarks/merge_latency.py                           1 x 16, 1 x 128, 8 x 128, 32 x 256
     python benchmarks/merge_latency.py --batch 1 --length 16     one shape
     python benchmarks/merge_latency.py --model 135M --batch 1 --length 128     random weights of SmolLM2-135M's sizes
 
-Rank 8 on every linear layer but the head, adapters and prefix of an equal budget, float32. The variants take turns in one process, in
-a new order each round, each with weights of its own; a cell is the median, and the median over the rounds of the ratio to the base of
-the same round with its 95 % bootstrap interval. The last line is about merged and unloaded / base over all shapes: the widest reading
-of their intervals must lie within 0.97 to 1.03.
+Rank 8 on every linear layer but the head, adapters and prefix of an equal budget, float32. The variants take turns in
+one process, in a new order each round, each with weights of its own; a cell is the median, and the median over the
+rounds of the ratio to the base of the same round with its 95 % bootstrap interval. The last line is about merged and
+unloaded / base over all shapes: the widest reading of their intervals must lie within 0.97 to 1.03.
 """
 import argparse
 
@@ -39,7 +40,8 @@ def verdict(found: dict[tuple[int, int], Times]) -> str:
     text = ratio.text(HIGH - LOW)
     if text.startswith("too noisy"):
         return text
-    return f"{text}: " + (f"within {LOW} to {HIGH}" if LOW <= ratio.low and ratio.high <= HIGH else f"outside {LOW} to {HIGH}")
+    return f"{text}: " + (f"within {LOW} to {HIGH}" if LOW <= ratio.low and ratio.high <= HIGH else f"outside {LOW} to "
+                          f"{HIGH}")
 
 
 def main() -> None:
@@ -55,11 +57,14 @@ def main() -> None:
     shapes = [(args.batch, args.length)] if args.batch else SHAPES
     base = (load_pretrained()[0] if args.model == "fable" else Llama(SMOLLM2)).to(best_device())
     models = variants(base, RANK, **equal_budget(base.config))
-    print(f"{args.model}, {best_device()}, {args.threads} threads, torch {torch.__version__}; milliseconds, and the ratio to the base")
+    print(f"{args.model}, {best_device()}, {args.threads} threads, torch {torch.__version__}; milliseconds, and the "
+          "ratio to the base")
     found = {shape: measure(models, shape, args.rounds, args.threads) for shape in shapes}
     rows = [("batch x length", *(f"{batch} x {length}" for batch, length in shapes))]
     for name in models:
-        rows.append((name, *(f"{1000 * times.median(name):.2f}  {times.ratio(name, 'base').text()}" for times in found.values())))
+        rows.append((name,
+                     *(f"{1000 * times.median(name):.2f}  {times.ratio(name, 'base').text()}"
+                       for times in found.values())))
     print(text_table(rows))
     print(f"{MERGED} / base: {verdict(found)}")
 

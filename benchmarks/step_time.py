@@ -3,8 +3,9 @@
     python benchmarks/step_time.py              five runs, a process each; their medians and the median of those
     python benchmarks/step_time.py --one-run    one run
 
-Rank 8, alpha 16, every linear layer but the head, batch 8 x 128, float32, 2 threads, AdamW. The four variants take turns step
-by step in one process, so that a noisy machine is noisy for all of them; what is compared is a ratio of medians.
+Rank 8, alpha 16, every linear layer but the head, batch 8 x 128, float32, 2 threads, AdamW. The four variants take
+turns step by step in one process, so that a noisy machine is noisy for all of them; what is compared is a ratio of
+medians.
 """
 import argparse
 import json
@@ -101,7 +102,8 @@ def main() -> None:
         runs.append(json.loads(done.stdout.splitlines()[-1]))
         show(runs[-1], f"run {i + 1}")
     ratios = sorted(run["lora_edu"] / run["PEFT"] for run in runs)
-    print(f"lora_edu / PEFT: median of {len(ratios)} runs {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
+    print(f"lora_edu / PEFT: median of {len(ratios)} runs {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to "
+          f"{ratios[-1]:.3f}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
     python benchmarks/sweep_speed.py --batch 1 --length 32    the same with smaller batches
     python benchmarks/sweep_speed.py --profile     where the time of a step goes, for both
 
-Ranks 1 to 64, alpha = 2 rank, every linear layer but the head, batch 4 x 64 for each adapter, AdamW, 2 threads and float32 on a CPU;
-on a GPU the 16 train in one pass. The chunks are those that `sweep` cuts. In a round ours and PEFT take turns in one process, so that
-a noisy machine is noisy for both; what is compared is the time of all steps of all adapters, without building the models. Each round
-starts with one step of each that is not counted. Peak memory comes from a process for each side.
+Ranks 1 to 64, alpha = 2 rank, every linear layer but the head, batch 4 x 64 for each adapter, AdamW, 2 threads and
+float32 on a CPU; on a GPU the 16 train in one pass. The chunks are those that `sweep` cuts. In a round ours and PEFT
+take turns in one process, so that a noisy machine is noisy for both; what is compared is the time of all steps of all
+adapters, without building the models. Each round starts with one step of each that is not counted. Peak memory comes
+from a process for each side.
 """
 import argparse
 import gc
@@ -66,13 +67,15 @@ def chunks() -> list[list[LoRASettings]]:
 def stacked(adapters: list[LoRASettings], steps: int):
     """The training loop of one chunk."""
     stack = LoRAStack(base(), adapters)
-    return train_stack(stack, (side_by_side([batch] * len(adapters)) for batch in batches()), steps, autocast=autocast())
+    return train_stack(stack, (side_by_side([batch] * len(adapters)) for batch in batches()), steps,
+                       autocast=autocast())
 
 
 def alone(adapter: LoRASettings, steps: int):
     """The training loop of one PEFT run."""
     model = base()
-    names = find_targets(model, {name: module for name, module in model.named_modules() if is_linear(module)}, "all-linear")
+    names = find_targets(model, {name: module for name, module in model.named_modules() if is_linear(module)},
+                         "all-linear")
     torch.manual_seed(adapter.seed)
     model = peft.get_peft_model(model, peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=names))
     return train(model, batches(), steps, adapter.lr, autocast=autocast())
@@ -95,7 +98,9 @@ def wait() -> None:
 
 
 def one_round(cut: list[list[LoRASettings]], steps: int) -> tuple[float, float]:
-    """Seconds for the whole grid, ours and PEFT's: a chunk, then the runs of that chunk one after another, and so on."""
+    """Seconds for the whole grid, ours and PEFT's: a chunk, then the runs of that chunk one after another, and so
+    on.
+    """
     ours = theirs = 0.0
     for chunk in cut:
         ours += timed(stacked(chunk, steps + 1), steps)
@@ -112,7 +117,10 @@ def peak() -> int:
 
 
 def growth(side: str) -> int:
-    """Bytes that training the grid takes beyond a loaded model; two steps reach the peak. To be called in a fresh process."""
+    """Bytes that training the grid takes beyond a loaded model; two steps reach the peak.
+
+    To be called in a fresh process.
+    """
     model = base()
     with torch.no_grad():
         model(torch.zeros(1, 8, dtype=torch.long, device=best_device()))
@@ -134,19 +142,21 @@ def growth_elsewhere(side: str) -> int:
 def show_profile() -> None:
     """The eight operations that take most of one step, the second, by their own time."""
     device, last = best_device().type, chunks()[-1]
-    for title, loop in ((f"a stack of {len(last)}, the largest ranks", stacked(last, 2)), ("PEFT, rank 64", alone(GRID[-1], 2))):
+    for title, loop in ((f"a stack of {len(last)}, the largest ranks", stacked(last, 2)),
+                        ("PEFT, rank 64", alone(GRID[-1], 2))):
         next(loop)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
         with profile(activities=activities) as taken:
             next(loop)
             wait()
-        print(f"{title}:\n{taken.key_averages().table(sort_by=f'self_{device}_time_total', row_limit=8, max_name_column_width=40)}")
+        times = taken.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=8, max_name_column_width=40)
+        print(f"{title}:\n{times}")
 
 
 def compare(rounds: int, steps: int) -> None:
     cut = chunks()
-    print(f"{len(GRID)} adapters of rank {RANKS[0]} to {RANKS[-1]} on fable, batch {BATCH} x {LENGTH} each, {steps} steps, "
-          f"{best_device()}, {THREADS} threads, torch {torch.__version__}, peft {peft.__version__}; chunks of "
+    print(f"{len(GRID)} adapters of rank {RANKS[0]} to {RANKS[-1]} on fable, batch {BATCH} x {LENGTH} each, {steps} "
+          f"steps, {best_device()}, {THREADS} threads, torch {torch.__version__}, peft {peft.__version__}; chunks of "
           + ", ".join(f"{len(chunk)} (rank {chunk[0].rank} to {chunk[-1].rank})" for chunk in cut), flush=True)
     times = []
     for i in range(rounds):
@@ -155,10 +165,11 @@ def compare(rounds: int, steps: int) -> None:
             i + 1, *times[-1], times[-1][1] / times[-1][0]), flush=True)
     tokens = len(GRID) * BATCH * LENGTH * steps
     for name, side, seconds in zip(("stacks", "PEFT"), ("stack", "peft"), map(statistics.median, zip(*times))):
-        print(f"{name:7} {seconds:.2f} s (median), {tokens / seconds:,.0f} tokens per second, peak {growth_elsewhere(side) / 1e6:,.0f} MB "
-              "beyond the loaded model", flush=True)
+        print(f"{name:7} {seconds:.2f} s (median), {tokens / seconds:,.0f} tokens per second, peak "
+              f"{growth_elsewhere(side) / 1e6:,.0f} MB beyond the loaded model", flush=True)
     ratios = sorted(theirs / ours for ours, theirs in times)
-    print(f"PEFT / stacks: median of {rounds} rounds {statistics.median(ratios):.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    print(f"PEFT / stacks: median of {rounds} rounds {statistics.median(ratios):.2f}, from {ratios[0]:.2f} to "
+          f"{ratios[-1]:.2f}")
 
 
 def main() -> None:

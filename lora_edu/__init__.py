@@ -1,4 +1,5 @@
-"""lora_edu: LoRA (low-rank adaptation, Hu et al. 2021) in code short enough to read. This page is the library's whole public API.
+"""lora_edu: LoRA (low-rank adaptation, Hu et al. 2021) in code short enough to read. This page is the library's whole
+public API.
 
 The course's names (claims, figures, labs) are in `lora_edu.course`; the library knows nothing of them.
 """
@@ -17,6 +18,8 @@ from lora_edu.training.loop import evaluate, fit, train
 from lora_edu.training.sweep import sweep
 
 __version__ = "0.1.0"
-__all__ = ["Llama", "LoRALinear", "LoRASettings", "LoRAStack", "apply_lora", "best_device", "deltas", "evaluate", "extract_lora", "fit",
-           "load_adapter", "load_pretrained", "lora_off", "lora_parameters", "lora_state_dict", "merge_lora", "remove_lora",
+__all__ = ["Llama", "LoRALinear", "LoRASettings", "LoRAStack", "apply_lora", "best_device", "deltas", "evaluate",
+           "extract_lora", "fit",
+           "load_adapter", "load_pretrained", "lora_off", "lora_parameters", "lora_state_dict", "merge_lora",
+           "remove_lora",
            "save_adapter", "set_strength", "spectrum", "sweep", "train", "truncate", "unmerge_lora"]

@@ -1,4 +1,6 @@
-"""The command `lora-edu`: what fine-tuning changed (`spectrum`), a LoRA cut out of it (`extract`), what training costs (`memory`)."""
+"""The command `lora-edu`: what fine-tuning changed (`spectrum`), a LoRA cut out of it (`extract`), what training
+costs (`memory`).
+"""
 import argparse
 import json
 import math
@@ -34,37 +36,46 @@ def installed_version() -> str:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="lora-edu", description="The library behind the lora_edu course. The notebooks are in the repository: python dev.py lab.")
+        prog="lora-edu", description="The library behind the lora_edu course. The notebooks are in the repository: "
+        "python dev.py lab.")
     top.add_argument("--version", action="version", version=f"lora-edu {installed_version()}")
     verbs = top.add_subparsers(title="verbs", metavar="VERB")
     see = verbs.add_parser("spectrum", help="the singular values of what fine-tuning changed, matrix by matrix")
-    see.add_argument("--json", type=Path, metavar="FILE", help="write all singular values, with the sources and their checksums")
+    see.add_argument("--json", type=Path, metavar="FILE", help="write all singular values, with the sources and their "
+                     "checksums")
     see.add_argument("--plot", type=Path, metavar="FILE", help="draw them; a .png file")
     cut = verbs.add_parser("extract", help="write the best LoRA for a full fine-tune, in PEFT's format")
     size = cut.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, help="rank of the LoRA, for example 16")
     size.add_argument("--energy", type=float, help="or the share of the squared change to keep, for example 0.9")
-    cut.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it: a new or an empty folder")
+    cut.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it: a new or an empty "
+                     "folder")
     for verb, run in ((see, show_spectrum), (cut, extract)):
         verb.add_argument("base", metavar="BASE", help="the model before: " + SIDES)
         verb.add_argument("tuned", metavar="TUNED", help="the model after full fine-tuning")
         verb.set_defaults(run=run)
     add_memory(verbs.add_parser("memory", help="what a training step needs in memory, by formula",
-                                description="What a training step needs in memory, by formula: no weights are read, none need exist."))
+                                description="What a training step needs in memory, by formula: no weights are read, "
+                                "none need exist."))
     return top
 
 
 def add_memory(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", metavar="MODEL", help=f"a preset ({', '.join(PRESETS)}), a config.json, a folder that has one, or a name on "
+    verb.add_argument("model", metavar="MODEL", help=f"a preset ({', '.join(PRESETS)}), a config.json, a folder that "
+                      "has one, or a name on "
                                                      "the hub (owner/name)")
     verb.add_argument("--method", choices=("lora", "full"), default="lora", help="default: lora")
     verb.add_argument("--rank", type=int, default=8, help="of the LoRA, default: 8")
-    verb.add_argument("--targets", default="all-linear", help="names of matrices with commas, such as q_proj,v_proj; default: all-linear")
-    verb.add_argument("--recipe", choices=RECIPES, default="bf16-mixed", help="how numbers are stored, default: bf16-mixed")
+    verb.add_argument("--targets", default="all-linear", help="names of matrices with commas, such as q_proj,v_proj; "
+                      "default: all-linear")
+    verb.add_argument("--recipe", choices=RECIPES, default="bf16-mixed", help="how numbers are stored, default: "
+                      "bf16-mixed")
     verb.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="default: adam")
     verb.add_argument("--batch", type=int, default=1, help="texts in a step, default: 1")
-    verb.add_argument("--length", type=int, help="tokens of a text; default: 2048, or the model's context where that is shorter")
-    verb.add_argument("--checkpointing", action="store_true", help="keep each block's input alone, and compute the block again")
+    verb.add_argument("--length", type=int, help="tokens of a text; default: 2048, or the model's context where that "
+                      "is shorter")
+    verb.add_argument("--checkpointing", action="store_true", help="keep each block's input alone, and compute the "
+                      "block again")
     verb.set_defaults(run=show_memory)
 
 
@@ -72,9 +83,11 @@ def show_memory(args: argparse.Namespace) -> None:
     sizes = sizes_of(args.model)
     targets = args.targets if args.targets == "all-linear" else tuple(args.targets.split(","))
     length = min(2048, sizes.context) if args.length is None else args.length
-    said = bill(sizes, args.method, args.rank, targets, args.recipe, args.optimizer, args.batch, length, args.checkpointing)
+    said = bill(sizes, args.method, args.rank, targets, args.recipe, args.optimizer, args.batch, length,
+                args.checkpointing)
     method = "full fine-tuning" if args.method == "full" else f"LoRA rank {args.rank} on {args.targets}"
-    print(f"{method}, {args.recipe}, {args.optimizer}, {args.batch} x {length} tokens" + ", checkpointing" * args.checkpointing)
+    print(f"{method}, {args.recipe}, {args.optimizer}, {args.batch} x {length} tokens" + ", checkpointing"
+          * args.checkpointing)
     print(replace(said, model=args.model))
 
 
@@ -127,7 +140,8 @@ def show_spectrum(args: argparse.Namespace) -> None:
     if args.plot:
         from lora_edu.course.figures.spectra import plot_spectra
         from lora_edu.course.page.show import png  # matplotlib, only for a picture
-        figure = plot_spectra({name: each["singular_values"] for name, each in measured.items()}, title=f"{args.base} to {args.tuned}")
+        figure = plot_spectra({name: each["singular_values"] for name, each in measured.items()}, title=f"{args.base} "
+                              f"to {args.tuned}")
         write_whole(args.plot, lambda half: half.write_bytes(png(figure)))
 
 
@@ -138,9 +152,11 @@ def measure(pair: Deltas) -> tuple[dict[str, dict], list[tuple[str, ...]]]:
         seen, before = spectrum(delta), weight.norm().item()
         change = delta.norm().item() / before if before else math.nan
         shape = f"{delta.shape[0]} x {delta.shape[1]}"
-        rows.append((name, shape, f"{change:.2%}", str(seen.rank_for(0.9).item()), f"{seen.effective_rank().item():.1f}",
+        rows.append((name, shape, f"{change:.2%}", str(seen.rank_for(0.9).item()),
+                     f"{seen.effective_rank().item():.1f}",
                      f"{seen.stable_rank().item():.1f}", str(seen.above_edge().item())))
-        measured[name] = {"shape": list(delta.shape), "change": change if before else None, "singular_values": seen.values.tolist()}
+        measured[name] = {"shape": list(delta.shape), "change": change if before else None,
+                          "singular_values": seen.values.tolist()}
         del weight, delta                                          # before the next pair is read
     return measured, rows
 

@@ -1,4 +1,5 @@
-"""The ground under models and checkpoints: tensors of a model that is not in memory, its config, and whole files or none.
+"""The ground under models and checkpoints: tensors of a model that is not in memory, its config, and whole files or
+none.
 
 A model on disk is a folder, a safetensors file, or a name on the Hugging Face hub. Nothing is unpickled here.
 """
@@ -32,8 +33,8 @@ def tensor_files(path: Path) -> dict[str, Path]:
         return {tensor: path / name for tensor, name in where.items()}
     single = path / "model.safetensors"
     if not single.is_file():
-        raise FileNotFoundError(f"{path} has neither model.safetensors nor model.safetensors.index.json; "
-                                "old pickled .bin weights are not read: convert them with transformers first.")
+        raise FileNotFoundError(f"{path} has neither model.safetensors nor model.safetensors.index.json; old pickled "
+                                ".bin weights are not read: convert them with transformers first.")
     return dict.fromkeys(tensor_headers(single), single)
 
 
@@ -81,7 +82,8 @@ def read_json(file: Path, what: str) -> dict:
     """The settings in a JSON file.
 
     Raises:
-        ValueError: it is no JSON, or holds something else than settings; `what` says in the message what should have been there.
+        ValueError: it is no JSON, or holds something else than settings; `what` says in the message what should have
+            been there.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -126,7 +128,10 @@ def write_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
 
 
 def once(file: Path | None, make: Callable[[], object]):
-    """What an earlier call made and kept as JSON, if it is there; else made now, and kept. Without a file nothing is kept."""
+    """What an earlier call made and kept as JSON, if it is there; else made now, and kept.
+
+    Without a file nothing is kept.
+    """
     if file is None:
         return make()
     if not file.is_file():
@@ -161,7 +166,8 @@ def fetch(name: str) -> Path:
 
 
 def from_hub(name: str, patterns: Sequence[str]) -> Path:
-    """The folder in the hub client's cache where the files of `name` are that match the patterns; fetched if they are not there yet.
+    """The folder in the hub client's cache where the files of `name` are that match the patterns; fetched if they are
+    not there yet.
 
     Raises:
         RuntimeError: the hub cannot be reached, or does not have it; the reason is in the message.
@@ -169,6 +175,7 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # late: `import lora_edu` does not need it
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:              # what the hub client raises: HTTP errors, no cached copy, a bad name
-        raise RuntimeError(f"{name!r} is neither a folder nor a file, and the hub did not give it: check the spelling ({HUB_EXAMPLE}) "
-                           f"and the network ({str(error).strip().splitlines()[0]})") from error
+    # what the hub client raises: HTTP errors, no cached copy, a bad name
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{name!r} is neither a folder nor a file, and the hub did not give it: check the spelling "
+                           f"({HUB_EXAMPLE}) and the network ({str(error).strip().splitlines()[0]})") from error

@@ -9,7 +9,8 @@ NUMBER = re.compile(r"[-+]?\d[\d.,e+-]*\b|[-+]?\.\d|nan|inf", re.IGNORECASE)
 class Table:
     """A head, rows of text under it, and perhaps a sentence below.
 
-    A column whose cells all begin with a number stands to the right, every other one to the left. What cells say is escaped.
+    A column whose cells all begin with a number stands to the right, every other one to the left. What cells say is
+    escaped.
 
     >>> Table(("layer", "count"), [("q_proj", "30"), ("down_proj", "4")], "34 layers in all.")
     layer      count

@@ -41,7 +41,8 @@ TURNED = ["mark says so", "body says so", "fixture says so", "no_such_package_an
 def pytest_in(folder, ci, *arguments):
     folder.joinpath("conftest.py").write_text((ROOT / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
     env = {key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_ADDOPTS")}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "--rootdir", str(folder), *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "--rootdir", str(folder),
+               *arguments]
     done = subprocess.run(command, cwd=folder, env=dict(env, CI=ci) if ci else env, capture_output=True, text=True)
     return done.returncode, done.stdout
 

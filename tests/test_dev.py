@@ -165,7 +165,8 @@ TORCHES = [(["2.13.0+cpu", None, None], "the CPU build"), (["2.13.0", "13.0", No
 def answer_with(monkeypatch, tmp_path, returncode, stdout, stderr=""):
     (tmp_path / "constraints.txt").write_text("numpy==2.4.6\ntorch==2.13.0\n", encoding="utf-8")
     monkeypatch.setattr(dev, "HERE", tmp_path)
-    monkeypatch.setattr(dev.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, returncode, stdout, stderr))
+    monkeypatch.setattr(dev.subprocess, "run", lambda *a,
+                        **k: subprocess.CompletedProcess(a, returncode, stdout, stderr))
 
 
 @pytest.mark.parametrize("reply, build", TORCHES)
@@ -193,7 +194,8 @@ def test_test_runs_pytest_with_nbval_on_the_cpu_and_hands_arguments_on(course, m
     monkeypatch.setattr(dev, "run", lambda command, env: seen.append((command, env)) or 3)
     assert dev.main(["test", "-x", "-k", "rank", "tests/lora"]) == 3
     (command, env), = seen
-    assert command[1:5] == ["-m", "pytest", "--nbval", "--nbval-current-env"] and command[-4:] == ["-x", "-k", "rank", "tests/lora"]
+    assert command[1:5] == ["-m", "pytest", "--nbval", "--nbval-current-env"]
+    assert command[-4:] == ["-x", "-k", "rank", "tests/lora"]
     assert env["LORA_EDU_DEVICE"] == "cpu"
     assert env["PATH"].startswith(str(dev.env_bin()))
 
@@ -205,8 +207,10 @@ def test_colab_makes_an_environment_of_its_own_and_runs_the_notebooks_in_it(cour
     assert dev.main(["colab", "-x"]) == 0
     venv, pip, pytest_ = course.calls
     assert venv[-1] == str(course.path / ".venv-colab") and str(dev.env_python()).startswith(venv[-1])
-    assert pip[0] == str(dev.env_python()) != str(ours) and pip[-4:] == ["-c", "colab-constraints.txt", "-e", ".[hub,test]"]
-    assert pytest_[:3] == [str(dev.env_python()), "-m", "pytest"] and pytest_[-2:] == ["--override-ini=testpaths=notebooks", "-x"]
+    assert pip[0] == str(dev.env_python()) != str(ours)
+    assert pip[-4:] == ["-c", "colab-constraints.txt", "-e", ".[hub,test]"]
+    assert pytest_[:3] == [str(dev.env_python()), "-m", "pytest"]
+    assert pytest_[-2:] == ["--override-ini=testpaths=notebooks", "-x"]
     assert {"--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"} < set(pytest_)
     assert ours.exists() and not (course.path / ".venv-colab.unfinished").exists()
 
@@ -234,7 +238,8 @@ def test_the_colab_stack_is_made_anew_when_its_own_files_change(course, name, to
 def test_the_colab_stack_asks_for_its_own_torch(course, monkeypatch):
     monkeypatch.setattr(dev, "check_torch", CHECK_TORCH)
     answer_with(monkeypatch, course.path, 0, json.dumps(["2.13.0+cpu", None, None]))
-    with pytest.raises(SystemExit, match=r"colab-constraints\.txt asks for torch 2\.11\.0, and pip installed 2\.13\.0\+cpu"):
+    with pytest.raises(SystemExit, match=r"colab-constraints\.txt asks for torch 2\.11\.0, and pip installed "
+                       r"2\.13\.0\+cpu"):
         dev.main(["colab"])
     assert dev.unfinished_note().name == ".venv-colab.unfinished" and dev.plan()[0] == "rebuild"
 
@@ -255,13 +260,14 @@ def test_only_the_standard_library():
     """Before anything is installed, dev.py and the module it imports must run."""
     for name in ("dev.py", "tools/links.py"):
         found = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(found) - {"tools"} - sys.stdlib_module_names - {"lora_edu"} == set(), name   # lora_edu: in the setup cell
+        # lora_edu: in the setup cell
+        assert set(found) - {"tools"} - sys.stdlib_module_names - {"lora_edu"} == set(), name
 
 
 def test_an_old_python_is_told_so():
     """The check comes before anything that an older Python cannot import."""
-    code = ("import sys, runpy; sys.version_info = (3, 9, 1); sys.argv = ['dev.py', 'lab'];"
-            "sys.modules['tomllib'] = None; runpy.run_path('dev.py', run_name='__main__')")
+    code = ("import sys, runpy; sys.version_info = (3, 9, 1); sys.argv = ['dev.py', 'lab'];sys.modules['tomllib'] = "
+            "None; runpy.run_path('dev.py', run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Python 3.11 or newer is needed" in done.stderr
 
@@ -303,7 +309,8 @@ def test_lab_prints_the_address_once_the_server_answers(course, monkeypatch, cap
     out = capfd.readouterr().out
     assert re.search(rf"http://127\.0\.0\.1:{port}{page}\?token=[0-9a-f]{{32}}\n", out)
     assert "--no-browser" in out and f"--LabApp.default_url={page}" in out and "token 32" in out
-    assert len(re.findall(r"[0-9a-f]{32}", out)) == 1   # in the address only, not on the command line that others can read
+    # in the address only, not on the command line that others can read
+    assert len(re.findall(r"[0-9a-f]{32}", out)) == 1
 
 
 def test_a_lab_that_does_not_start_ends_with_its_status(course, monkeypatch, capfd):
@@ -316,8 +323,8 @@ def test_a_lab_that_does_not_start_ends_with_its_status(course, monkeypatch, cap
 
 def test_a_child_does_not_outlive_dev(tmp_path):
     """SIGTERM to dev.py takes the child along (a closed terminal, a cancelled job)."""
-    code = ("import signal, sys, dev; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
-            "dev.run([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'])")
+    code = ("import signal, sys, dev; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));dev.run([sys.executable, "
+            "'-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'])")
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     parent.terminate()
@@ -338,9 +345,11 @@ def alive(pid):
 # -- python dev.py notebooks -------------------------------------------------------------------------------------------
 
 def notebook(path, *sources):
-    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": text, "outputs": [], "execution_count": None}
+    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": text, "outputs": [],
+              "execution_count": None}
              for i, text in enumerate(sources)]
-    path.write_text(json.dumps({"cells": cells, "metadata": {"accelerator": "GPU"}, "nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(json.dumps({"cells": cells, "metadata": {"accelerator": "GPU"}, "nbformat": 4,
+                                "nbformat_minor": 5}))
     return path
 
 

@@ -30,15 +30,19 @@ def pair():
 
 def read_from_hub(endpoint, home, *names):
     """`deltas` in a process of its own: the hub client reads its endpoint and its cache when it is imported."""
-    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                        "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                        "HF_HUB_OFFLINE": "0",
+                        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
     done = subprocess.run([sys.executable, "-c", READ, *names], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_two_names_on_the_hub_are_read_through_it(pair, tmp_path):
-    """The base lies there in shards beside files that nobody needs; the tuned one is an old pickle without safetensors."""
+    """The base lies there in shards beside files that nobody needs; the tuned one is an old pickle without
+    safetensors.
+    """
     base, tuned = pair
     owner, home = tmp_path / "hub" / "owner", tmp_path / "home"
     for folder in ("base/onnx", "tuned"):
@@ -55,11 +59,14 @@ def test_two_names_on_the_hub_are_read_through_it(pair, tmp_path):
     with local_hub(tmp_path / "hub") as (endpoint, asked):
         got = read_from_hub(endpoint, home, "owner/base", "owner/tuned")
         nowhere = read_from_hub(endpoint, home, "owner/base", "owner/nowhere")
-    assert got == pytest.approx({name: (tuned[f"{name}.weight"] - base[f"{name}.weight"]).norm().item() for name in "ab"}, rel=1e-5)
-    fetched = {line.rpartition("/resolve/")[2].partition("/")[2] for line in asked if line.startswith("GET") and "/resolve/" in line}
+    assert got == pytest.approx({name: (tuned[f"{name}.weight"] - base[f"{name}.weight"]).norm().item()
+                                 for name in "ab"}, rel=1e-5)
+    fetched = {line.rpartition("/resolve/")[2].partition("/")[2] for line in asked if line.startswith("GET")
+               and "/resolve/" in line}
     assert fetched == {"config.json", "model.safetensors.index.json", *shards, "pytorch_model.bin"}
     assert not [line for line in asked if "owner/base" in line and line.endswith("pytorch_model.bin")]
-    assert nowhere[0] == "RuntimeError" and "'owner/nowhere' is neither a folder nor a file" in nowhere[1] and "\n" not in nowhere[1]
+    assert nowhere[0] == "RuntimeError" and "'owner/nowhere' is neither a folder nor a file" in nowhere[1]
+    assert "\n" not in nowhere[1]
     again = read_from_hub(endpoint, home, "owner/base", "owner/tuned")       # the server is gone: from the cache
     assert again == got
 
@@ -69,7 +76,8 @@ def test_a_path_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for wrong in ("nothing", tmp_path / "a", "runs/tuned", "some/model.safetensors", "a/b/c", "../tuned"):
-        with pytest.raises(FileNotFoundError, match="there is no folder or file.*owner/name, such as HuggingFaceTB/SmolLM2-135M"):
+        with pytest.raises(FileNotFoundError, match="there is no folder or file.*owner/name, such as "
+                           "HuggingFaceTB/SmolLM2-135M"):
             files.locate(wrong)
 
 
@@ -89,7 +97,8 @@ def test_an_index_that_is_none(text, tmp_path):
 def test_headers_are_read_without_the_tensors(pair, tmp_path):
     file = tmp_path / "x.safetensors"
     save_file(pair[0] | {"c": torch.zeros(2, dtype=torch.bfloat16)}, file)
-    assert files.tensor_headers(file) == {"a.weight": ((6, 4), "F32"), "b.weight": ((3, 4), "F32"), "b.bias": ((3,), "F32"),
+    assert files.tensor_headers(file) == {"a.weight": ((6, 4), "F32"), "b.weight": ((3, 4), "F32"),
+                                          "b.bias": ((3,), "F32"),
                                           "c": ((2,), "BF16")}
     assert torch.equal(files.read_tensor(file, "b.bias"), pair[0]["b.bias"])
 
@@ -103,7 +112,8 @@ def lie(file):
     file.write_bytes(file.read_bytes().replace(b"[6,4]", b"[7,4]"))
 
 
-@pytest.mark.parametrize("spoil", [truncate, lie, lambda file: file.write_bytes(b"x" * 50), lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("spoil",
+                         [truncate, lie, lambda file: file.write_bytes(b"x" * 50), lambda file: file.write_bytes(b"")])
 def test_a_damaged_or_lying_file_is_named(spoil, pair, tmp_path):
     file = tmp_path / "x.safetensors"
     save_file(pair[0], file)

@@ -1,4 +1,6 @@
-"""The README says nothing that is not there: links, picture, commands, the table of notebooks, and the code that it shows."""
+"""The README says nothing that is not there: links, picture, commands, the table of notebooks, and the code that it
+shows.
+"""
 import base64
 import json
 import re
@@ -30,8 +32,10 @@ def test_every_notebook_has_a_row_with_its_badge():
 
 def test_the_picture_is_the_first_one_of_notebook_00():
     cells = json.loads(NOTEBOOKS[0].read_text(encoding="utf-8"))["cells"]
-    first = next(out["data"]["image/png"] for cell in cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {}))
-    assert (ROOT / "docs" / "dial.png").read_bytes() == base64.b64decode(first), "store it again: python dev.py notebooks 00"
+    first = next(out["data"]["image/png"] for cell in cells for out in cell.get("outputs", [])
+                 if "image/png" in out.get("data", {}))
+    assert (ROOT / "docs"
+            / "dial.png").read_bytes() == base64.b64decode(first), "store it again: python dev.py notebooks 00"
 
 
 def test_the_code_runs():

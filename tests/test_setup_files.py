@@ -52,7 +52,8 @@ def test_the_colab_job_can_install_its_extras():
     """Colab's list pins only what Colab has; what it has must be allowed."""
     wanted = RUN_TIME + [Requirement(line) for name in ("hub", "test") for line in EXTRAS[name]]
     versions = {str(req): pinned(req, pins("colab-constraints.txt")) for req in wanted}
-    assert [line for line, version in versions.items() if version and not Requirement(line).specifier.contains(version)] == []
+    assert [line for line, version in versions.items() if version
+            and not Requirement(line).specifier.contains(version)] == []
 
 
 def test_torch_is_pinned_to_the_version_the_course_names():
@@ -60,14 +61,19 @@ def test_torch_is_pinned_to_the_version_the_course_names():
 
 
 def test_the_colab_stack_is_what_makes_colab_different():
-    """The pins without which a run says nothing about Colab: its front end knows these versions only, and torch is older."""
+    """The pins without which a run says nothing about Colab: its front end knows these versions only, and torch is
+    older.
+    """
     colab = {name: str(pin) for name, pin in pins("colab-constraints.txt").items()}
     assert colab["ipywidgets"] == "==7.7.1" and colab["ipython"] == "==7.34.0" and colab["ipykernel"] == "==6.17.1"
     assert colab["torch"] == "==2.11.0" and colab["notebook"] == "==6.5.7"
 
 
 def test_colab_keeps_its_own_packages():
-    """A floor above what Colab has would make `pip install` replace it there. A commented pin says what Colab has, too."""
+    """A floor above what Colab has would make `pip install` replace it there.
+
+    A commented pin says what Colab has, too.
+    """
     colab = dict(re.findall(r"^#? ?([\w-]+)==([\w.]+)", read("colab-constraints.txt"), re.MULTILINE))
     assert {req.name for req in RUN_TIME} <= set(colab)
     for req in RUN_TIME:
@@ -127,7 +133,8 @@ def test_pre_commit_has_the_ruff_of_the_constraints():
 
 
 def test_ruff_has_nothing_to_say():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

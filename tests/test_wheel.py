@@ -13,7 +13,8 @@ import lora_edu, torch
 from lora_edu import load_pretrained
 model, tokenizer = load_pretrained("fable")
 with torch.no_grad():
-    print(lora_edu.__file__, tuple(model(torch.tensor([tokenizer.encode("Once upon a time").ids])).shape[::2]), sep="\\n")
+    print(lora_edu.__file__, tuple(model(torch.tensor([tokenizer.encode("Once upon a time").ids])).shape[::2]),
+    sep="\\n")
 """
 
 
@@ -21,7 +22,8 @@ with torch.no_grad():
 def elsewhere(wheel, tmp_path_factory):
     """A folder with the wheel's content, and the variables that put it first on Python's path."""
     target = tmp_path_factory.mktemp("elsewhere")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target),
+               str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return target, dict(os.environ, PYTHONPATH=str(target))
@@ -35,7 +37,9 @@ def python(elsewhere, *arguments):
 
 
 def test_fable_loads_from_the_installed_wheel(elsewhere):
-    """Package data included; the first line says which lora_edu it was, the second (batch, vocabulary) of the logits."""
+    """Package data included; the first line says which lora_edu it was, the second (batch, vocabulary) of the
+    logits.
+    """
     where, shape = python(elsewhere, "-c", LOAD)
     assert Path(where).is_relative_to(elsewhere[0])
     assert shape == "(1, 2048)"

@@ -1,9 +1,9 @@
 """The links line and the setup cell of every notebook, written from one repository address.
 
 The address is `Repository` under [project.urls] in pyproject.toml. A notebook gives the places: a markdown cell tagged
-`header` that begins `# NN · Title`, and a code cell tagged `setup`. Only the line of links below the title and the setup
-cell's source are written; the README's Colab badges get the same address. Standard library only: dev.py imports this
-before anything is installed.
+`header` that begins `# NN · Title`, and a code cell tagged `setup`. Only the line of links below the title and the
+setup cell's source are written; the README's Colab badges get the same address. Standard library only: dev.py imports
+this before anything is installed.
 """
 import json
 import os
@@ -43,17 +43,21 @@ def repository(root):
     address = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)
     if not match:
-        raise ValueError(f"Repository = {address!r} in pyproject.toml: write https://github.com/OWNER/NAME, nothing after it.")
+        raise ValueError(f"Repository = {address!r} in pyproject.toml: write https://github.com/OWNER/NAME, nothing "
+                         f"after it.")
     return match[1]
 
 
 def set_repository(root, repo):
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise ValueError(f"--repo {repo!r} is not a GitHub repository: write it as OWNER/NAME, for example ada/lora_edu.")
+        raise ValueError(f"--repo {repo!r} is not a GitHub repository: write it as OWNER/NAME, for example "
+                         f"ada/lora_edu.")
     file = root / "pyproject.toml"
-    text, count = re.subn(r'(?m)^Repository = ".*"$', f'Repository = "https://github.com/{repo}"', file.read_text(encoding="utf-8"))
+    text, count = re.subn(r'(?m)^Repository = ".*"$', f'Repository = "https://github.com/{repo}"',
+                          file.read_text(encoding="utf-8"))
     if count != 1:
-        raise ValueError(f'pyproject.toml has {count} lines that begin Repository = "...": it needs one, under [project.urls].')
+        raise ValueError(f'pyproject.toml has {count} lines that begin Repository = "...": it needs one, under '
+                         f'[project.urls].')
     write(file, text)
 
 
@@ -85,7 +89,8 @@ def title(path, notebook):
 
 def links_line(previous, path, following, repo):
     """Previous · Contents · next · badge; `previous` and `following` are (path, title), or None at the ends."""
-    parts = ["[Contents](../README.md)", f"[![Open In Colab]({BADGE})]({COLAB}{repo}/blob/{BRANCH}/notebooks/{path.name})"]
+    parts = ["[Contents](../README.md)", f"[![Open In "
+             f"Colab]({BADGE})]({COLAB}{repo}/blob/{BRANCH}/notebooks/{path.name})"]
     if previous:
         parts.insert(0, f"[{previous[1]}]({previous[0].name})")
     if following:
@@ -145,7 +150,10 @@ def write(path, text):
 
 
 def main(root, repo=None):
-    """Write everything; prints what was changed. Raises ValueError, before any notebook is written, if one does not fit."""
+    """Write everything; prints what was changed.
+
+    Raises ValueError, before any notebook is written, if one does not fit.
+    """
     if repo:
         set_repository(root, repo)
     changes = list(pending(root))
@@ -154,5 +162,6 @@ def main(root, repo=None):
         print("written:", path.relative_to(root).as_posix())
     address = repository(root)
     print(f"{len(changes)} files changed; the address is {address}"
-          + (", which means that none is set: python dev.py links --repo OWNER/NAME" if address.startswith(f"{NOT_SET}/") else "."))
+          + (", which means that none is set: python dev.py links --repo OWNER/NAME"
+             if address.startswith(f"{NOT_SET}/") else "."))
     return 0

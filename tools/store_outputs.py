@@ -1,6 +1,7 @@
 """Run notebooks from top to bottom and store their outputs, ready for `pytest --nbval`.
 
-`python dev.py notebooks [NAME...]` calls this with the environment's Python. Left out of what is stored is what would only
+`python dev.py notebooks [NAME...]` calls this with the environment's Python. Left out of what is stored is what would
+only
 make noise in a diff: the widgets' state (half of a small notebook, with new ids each time), the cells' start and end
 times, the kernel's exact version. The state is taken out afterwards, because nbclient 0.11 ends in a KeyError when told
 not to store it and an Output widget is shown. A notebook with a failing cell stays as it was.
@@ -37,7 +38,8 @@ def find(names, folder=NOTEBOOKS):
     for name in names:
         matches = [path for path in known if Path(name).stem in (path.stem, path.stem[:2])]
         if not matches:
-            raise ValueError(f"no notebook is called {name!r}: there are {', '.join(path.stem for path in known) or 'none'}.")
+            raise ValueError(f"no notebook is called {name!r}: there are "
+                             f"{', '.join(path.stem for path in known) or 'none'}.")
         found += matches
     return found if names else known
 
@@ -53,7 +55,9 @@ def clean(notebook):
 
 
 def is_progress_bar(output):
-    """tqdm's widget, whose text form is "  0%|          | 0/100" or "extract:   0%|…": it belongs to the reader's run, not to the file."""
+    """tqdm's widget, whose text form is "  0%|          | 0/100" or "extract:   0%|…": it belongs to the reader's
+    run, not to the file.
+    """
     return bool(re.match(r"([\w ]+:)?\s*\d+%\|", output.get("data", {}).get("text/plain", "")))
 
 
@@ -63,7 +67,8 @@ def failure(notebook, error):
     failed = [i for i, cell in enumerate(cells) if any(out.output_type == "error" for out in cell.outputs)]
     started = [i for i, cell in enumerate(cells) if cell.execution_count]
     i = failed[0] if failed else started[-1] if started else 0
-    what = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error).strip().splitlines()[0]
+    what = f"{error.ename}: {error.evalue}" if isinstance(error,
+                                                          CellExecutionError) else str(error).strip().splitlines()[0]
     return f"code cell {i + 1} of {len(cells)} ({cells[i].source.strip().splitlines()[0]}) raised {what}"
 
 

@@ -1,4 +1,5 @@
-"""What fine-tuning changed: the difference of two models, one matrix at a time, and a list of all that is no such matrix.
+"""What fine-tuning changed: the difference of two models, one matrix at a time, and a list of all that is no such
+matrix.
 
 Nothing is dropped in silence: a tensor is either yielded as a `Delta` or stands in `others` with the reason.
 """
@@ -23,9 +24,11 @@ PIECE = 2**16           # entries that are summed in their own precision
 
 
 class Delta(NamedTuple):
-    """One matrix before and what was added to it, both (out_features, in_features); a convolution is seen as (out, in * k * k).
+    """One matrix before and what was added to it, both (out_features, in_features); a convolution is seen as (out, in *
+    k * k).
 
-    Float32, or float64 where a side is. `name` is the module's; a tensor that is not called ".weight" keeps its whole name.
+    Float32, or float64 where a side is. `name` is the module's; a tensor that is not called ".weight" keeps its whole
+    name.
     `weight` may share memory with the base model: read it, do not write into it.
     """
 
@@ -46,7 +49,8 @@ class Other(NamedTuple):
 class ChangeReport(ShowsTables):
     """What a LoRA on the matrices of a pair would carry, and what it would leave out, as a table.
 
-    Squared changes (sums over entries) of a pair of models, by what carries them: a LoRA on linear layers and convolutions, or nothing.
+    Squared changes (sums over entries) of a pair of models, by what carries them: a LoRA on linear layers and
+    convolutions, or nothing.
 
     Attributes:
         matrices: how many matrices a LoRA can change; changed: how many of them did change.
@@ -65,7 +69,9 @@ class ChangeReport(ShowsTables):
 
     @property
     def others_share(self) -> float:
-        """Share of the whole squared change that a LoRA on the matrices leaves out, 0 to 1; what has no difference is not in it."""
+        """Share of the whole squared change that a LoRA on the matrices leaves out, 0 to 1; what has no difference
+        is not in it.
+        """
         whole = self.squared + self.others_squared
         return self.others_squared / whole if whole else 0.0
 
@@ -82,8 +88,8 @@ class ChangeReport(ShowsTables):
         return f"{sum(known) / whole:.2%}" if known and whole else "unchanged" if known else "no difference"
 
     def summary(self) -> str:
-        return (f"{self.changed} of {self.matrices} matrices changed; a LoRA on them leaves out {self.others_share:.2%} "
-                "of the squared change.")
+        return (f"{self.changed} of {self.matrices} matrices changed; a LoRA on them leaves out "
+                f"{self.others_share:.2%} of the squared change.")
 
     def tables(self) -> list[Table]:
         head = ("left out of a LoRA", "count", "first of them", "share of the squared change")
@@ -113,8 +119,9 @@ class Deltas:
         self.without_difference: dict[str, str] = {}
         if not set(self.base.names) & set(self.tuned.names):
             first = [next(iter(side.names), "nothing at all") for side in (self.base, self.tuned)]
-            raise ValueError(f"the two models have no tensor name in common: {self.base.source} begins with {first[0]}, "
-                             f"{self.tuned.source} with {first[1]}. Give a model and its own fine-tune, saved in the same form.")
+            raise ValueError(f"the two models have no tensor name in common: {self.base.source} begins with "
+                             f"{first[0]}, {self.tuned.source} with {first[1]}. Give a model and its own fine-tune, "
+                             "saved in the same form.")
         self.sort_tensors()
 
     def sort_tensors(self) -> None:
@@ -145,17 +152,22 @@ class Deltas:
         return Delta(name.removesuffix(".weight"), weight.flatten(1), delta.flatten(1))
 
     def subtract(self, name: str) -> tuple[torch.Tensor, torch.Tensor, Measured]:
-        """W₀, ΔW as they are stored, and their measures. One file is mapped at a time: the peak is two copies and what is 16 bits wide."""
+        """W₀, ΔW as they are stored, and their measures.
+
+        One file is mapped at a time: the peak is two copies and what is 16 bits wide.
+        """
         dtype = torch.float64 if torch.float64 in (self.base.dtype(name), self.tuned.dtype(name)) else torch.float32
         delta = self.tuned.get(name).to(dtype, copy=True)
         weight = self.base.get(name).to(dtype)
         before, after = dot(weight, weight), dot(delta, delta)
         for total, tensor, side in ((before, weight, self.base), (after, delta, self.tuned)):
             if not math.isfinite(total) and not tensor.isfinite().all():
-                raise ValueError(f"{name} of {side.source} has NaN or infinity in it: that model is broken, take an earlier checkpoint.")
+                raise ValueError(f"{name} of {side.source} has NaN or infinity in it: that model is broken, take an "
+                                 "earlier checkpoint.")
         product = dot(weight, delta := delta.to(weight.device))
         delta.sub_(weight)
-        return weight, delta, Measured(dot(delta, delta), product / math.sqrt(before * after) if before * after else None)
+        return weight, delta, Measured(dot(delta, delta), product / math.sqrt(before * after) if before * after
+                                       else None)
 
     def warn_if_unrelated(self) -> None:
         """Once for a pair, and only when every matrix has been read."""
@@ -164,9 +176,10 @@ class Deltas:
         self.warned = True
         cosines = [m.cosine for m in self.measured.values() if m.cosine is not None]
         if cosines and abs(sum(cosines) / len(cosines)) < RELATED:
-            warnings.warn(f"{self.base.source} and {self.tuned.source} look unrelated: the mean cosine of their matrices is "
-                          f"{sum(cosines) / len(cosines):.3f}, and a model and its fine-tune have nearly 1. The difference of two "
-                          "models trained apart says nothing about fine-tuning.", stacklevel=3)
+            warnings.warn(f"{self.base.source} and {self.tuned.source} look unrelated: the mean cosine of their "
+                          f"matrices is {sum(cosines) / len(cosines):.3f}, and a model and its fine-tune have nearly "
+                          "1. The difference of two models trained apart says nothing about "
+                          "fine-tuning.", stacklevel=3)
 
     @cached_property
     def others(self) -> list[Other]:
@@ -180,20 +193,23 @@ class Deltas:
             if name not in self.measured:
                 self.delta(name)
         self.warn_if_unrelated()
-        loose = [Other(name, kind, self.measured[name].squared) for name, kind in self.matrices.items() if kind not in CARRIED]
+        loose = [Other(name, kind, self.measured[name].squared) for name, kind in self.matrices.items()
+                 if kind not in CARRIED]
         carried = [self.measured[name].squared for name, kind in self.matrices.items() if kind in CARRIED]
         return ChangeReport(len(carried), sum(value > 0 for value in carried), sum(carried), loose + self.others)
 
 
 def deltas(base: nn.Module | str | Path, tuned: nn.Module | str | Path) -> Deltas:
-    """The change between a model and its fine-tune: yields a `Delta` (name, W₀, ΔW) for each matrix, one in memory at a time.
+    """The change between a model and its fine-tune: yields a `Delta` (name, W₀, ΔW) for each matrix, one in memory at a
+    time.
 
-    A loop variable keeps its matrix until the next one is made: `del` it at the end of the loop's body where memory is short.
-    After the last matrix it warns if the two models look unrelated (mean cosine of W₀ and W₁ near zero).
+    A loop variable keeps its matrix until the next one is made: `del` it at the end of the loop's body where memory is
+    short. After the last matrix it warns if the two models look unrelated (mean cosine of W₀ and W₁ near zero).
 
     Args:
-        base, tuned: models, folders, .safetensors files, pickled .bin or .pt files of plain tensors, or names on the hub such as
-            "HuggingFaceTB/SmolLM2-135M" (fetched to the hub client's cache). The two may be of different sorts.
+        base, tuned: models, folders, .safetensors files, pickled .bin or .pt files of plain tensors, or names on the
+            hub such as "HuggingFaceTB/SmolLM2-135M" (fetched to the hub client's cache). The two may be of different
+            sorts.
 
     Raises:
         FileNotFoundError, RuntimeError: a side is not there, or the hub did not give it.
@@ -221,9 +237,12 @@ def spell(shape: tuple[int, ...]) -> str:
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Sum of the products of two tensors of one type, to about 1e-7: pieces in their own type, the sum of the pieces in float64."""
+    """Sum of the products of two tensors of one type, to about 1e-7: pieces in their own type, the sum of the pieces
+    in float64.
+    """
     pieces = list(zip(a.reshape(-1).split(PIECE), b.to(a.device).reshape(-1).split(PIECE), strict=True))
     total = sum(torch.dot(x, y).item() for x, y in pieces)
     if total and math.isfinite(total):
         return total
-    return sum(torch.dot(x.cpu().double(), y.cpu().double()).item() for x, y in pieces)     # squares that leave float32's range
+    # squares that leave float32's range
+    return sum(torch.dot(x.cpu().double(), y.cpu().double()).item() for x, y in pieces)

@@ -1,7 +1,9 @@
-"""A LoRA cut out of a full fine-tune: the best rank-r part of what each matrix changed, written as an adapter that PEFT loads.
+"""A LoRA cut out of a full fine-tune: the best rank-r part of what each matrix changed, written as an adapter that PEFT
+loads.
 
-By Eckart and Young (1936) no other matrix of rank r is nearer to ΔW than its r leading singular triplets; their energy, the sum
-of the squared singular values, says how much of the change the adapter keeps. It says nothing of how much of the *learning* it keeps.
+By Eckart and Young (1936) no other matrix of rank r is nearer to ΔW than its r leading singular triplets; their energy,
+the sum of the squared singular values, says how much of the change the adapter keeps. It says nothing of how much of
+the *learning* it keeps.
 """
 import math
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ class ExtractReport(ShowsTables):
     """What `extract_lora` wrote. Energies are shares of a squared change, 0 to 1.
 
     Attributes:
-        shapes: name -> (out, in) of every matrix that is in the adapter; kept: name -> energy that its rank-r part keeps.
+        shapes: name -> (out, in) of every matrix that is in the adapter; kept: name -> energy that its rank-r part
+            keeps.
         energy: the same for all matrices together.
         bytes: of the adapter's tensor file.
         change: the table of what the adapter leaves out.
@@ -40,7 +43,9 @@ class ExtractReport(ShowsTables):
         return len(self.shapes)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """One row for each kind of matrix (name ending and shape): ending, how many, shape, smallest and largest energy kept."""
+        """One row for each kind of matrix (name ending and shape): ending, how many, shape, smallest and largest
+        energy kept.
+        """
         kinds: dict[tuple[str, tuple[int, int]], list[float]] = {}
         for name, shape in self.shapes.items():
             kinds.setdefault((name.rpartition(".")[2], shape), []).append(self.kept[name])
@@ -52,22 +57,24 @@ class ExtractReport(ShowsTables):
                 f"{self.bytes:,} bytes.")
 
     def tables(self) -> list[Table]:
-        return [Table(("matrix", "count", "shape (out x in)", "energy kept"), self.rows(), self.summary()), *self.change.tables()]
+        return [Table(("matrix", "count", "shape (out x in)", "energy kept"), self.rows(), self.summary()),
+                *self.change.tables()]
 
 
-def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *, rank: int | None = None, energy: float | None = None,
+def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *, rank: int | None = None,
+                 energy: float | None = None,
                  out: str | Path) -> ExtractReport:
     """Write the best LoRA of one rank for the change from `base` to `tuned`; both are read one tensor at a time.
 
-    Every linear layer and convolution that changed becomes a target, with lora_alpha = rank (scaling 1) and the singular values split
-    between the factors. A module is called what its tensor is called: for files whose names are not those of the model's
-    class (GPT-2 without its "transformer."), pass the two models instead.
+    Every linear layer and convolution that changed becomes a target, with lora_alpha = rank (scaling 1) and the
+    singular values split between the factors. A module is called what its tensor is called: for files whose names are
+    not those of the model's class (GPT-2 without its "transformer."), pass the two models instead.
 
     Args:
         base, tuned: as in `deltas`.
         rank: of every pair of factors; or
-        energy: the share of all matrices' squared change that must be kept, 0 < energy <= 1: the smallest rank that does so is taken,
-            after a first reading for all singular values.
+        energy: the share of all matrices' squared change that must be kept, 0 < energy <= 1: the smallest rank that
+            does so is taken, after a first reading for all singular values.
         out: a folder that is made, or an empty one. Nothing is left there if this fails.
 
     Returns:
@@ -75,8 +82,8 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
 
     Raises:
         FileExistsError: `out` is a file, or a folder with something in it.
-        ValueError: both or neither of rank and energy, a rank over the smaller side of a matrix that changed, no matrix that changed,
-            and what `deltas` raises.
+        ValueError: both or neither of rank and energy, a rank over the smaller side of a matrix that changed, no matrix
+            that changed, and what `deltas` raises.
     """
     check_wishes(rank, energy)
     out = Path(out)
@@ -92,8 +99,8 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
     factors, kept = factorize(pair, targets, rank)
     change = pair.report()                  # reads the rest: what is broken there is found before anything is written
     if not kept:
-        raise ValueError(f"no matrix of {pair.base.source} changed that an adapter could carry, so there is nothing to extract: are the "
-                         f"two sides the same? {change.summary()}")
+        raise ValueError(f"no matrix of {pair.base.source} changed that an adapter could carry, so there is nothing to "
+                         f"extract: are the two sides the same? {change.summary()}")
     modules = {name.removesuffix(".weight"): name for name in kept}
     config = adapter_config(rank, rank, target_modules(list(modules), pair.base.module_names), source_name(base),
                             any(pair.matrices[name] == CONV1D for name in kept))
@@ -105,7 +112,8 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
 
 def check_wishes(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        raise ValueError(f"rank={rank}, energy={energy}: give exactly one of them, a rank such as 16 or a share of the change such as 0.9.")
+        raise ValueError(f"rank={rank}, energy={energy}: give exactly one of them, a rank such as 16 or a share of the "
+                         "change such as 0.9.")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"rank={rank!r} is no rank: choose a whole number from 1, for example 16.")
     if energy is not None and not 0 < energy <= 1:
@@ -119,7 +127,8 @@ def rank_for_energy(pair: Deltas, targets: list[str], energy: float) -> int:
         values = singular_values(pair, name)
         squares[:len(values)] += values.double().cpu().square()
     kept = squares.cumsum(0)
-    return int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1      # 1e-12: the last sum may be a rounding error short
+    # 1e-12: the last sum may be a rounding error short
+    return int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1
 
 
 def singular_values(pair: Deltas, name: str) -> torch.Tensor:
@@ -133,8 +142,8 @@ def refuse_narrow(pair: Deltas, targets: list[str], rank: int, asked: str) -> No
     if changed:
         name = min(changed, key=lambda name: min(matrix_shape(pair, name)))
         shape = matrix_shape(pair, name)
-        raise ValueError(f"{asked} does not fit {name.removesuffix('.weight')}, which is {shape[0]} x {shape[1]} and changed: "
-                         f"the largest rank that fits every matrix here is {min(shape)}.")
+        raise ValueError(f"{asked} does not fit {name.removesuffix('.weight')}, which is {shape[0]} x {shape[1]} and "
+                         f"changed: the largest rank that fits every matrix here is {min(shape)}.")
 
 
 def factorize(pair: Deltas, targets: list[str], rank: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -147,20 +156,23 @@ def factorize(pair: Deltas, targets: list[str], rank: int) -> tuple[dict[str, to
             kept[name] = S.double().square().sum().item()
             kernel = pair.base.shapes[name][2:]                 # () for a linear layer
             half = S.sqrt()
-            factors[f"{module}.lora_A"] = (half[:, None] * Vh).float().cpu().reshape(rank, Vh.shape[1] // math.prod(kernel), *kernel)
+            factors[f"{module}.lora_A"] = (half[:, None] * Vh).float().cpu().reshape(rank,
+                                                                                     Vh.shape[1] // math.prod(kernel),
+                                                                                     *kernel)
             factors[f"{module}.lora_B"] = (U * half).float().cpu().reshape(len(U), rank, *(1 for _ in kernel))
         del delta                                               # before the next one is read
     return factors, kept
 
 
 def best_part(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading `rank` singular triplets of a matrix (out, in): U (out, rank), S (rank,) in falling order, Vh (rank, in).
+    """The leading `rank` singular triplets of a matrix (out, in): U (out, rank), S (rank,) in falling order, Vh (rank,
+    in).
 
-    Randomised (Halko et al. 2011, arXiv:0909.4061), but with the same numbers every time: of the energy that the best part of real
-    updates keeps, 8 iterations miss a share of 3.5e-6 at most, 4 would miss 3e-4.
+    Randomised (Halko et al. 2011, arXiv:0909.4061), but with the same numbers every time: of the energy that the best
+    part of real updates keeps, 8 iterations miss a share of 3.5e-6 at most, 4 would miss 3e-4.
     """
     columns = max(2 * rank, 16)                         # fewer cost nearly as much time
-    if 2 * columns > min(delta.shape):                  # most of the matrix: the whole decomposition costs no more
+    if min(delta.shape) <= max(512, 2 * columns):       # small, or asked for most of it: all of it costs no more
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
         return U[:, :rank].clone(), S[:rank].clone(), Vh[:rank].clone()
     with torch.random.fork_rng([delta.device] if delta.is_cuda else []):

@@ -47,7 +47,8 @@ def kind_of(name: str, shape: tuple[int, ...], layer: nn.Module | None, conv1d: 
 def is_embedding(holder: str, last: str, shape: tuple[int, ...], layer: nn.Module | None) -> bool:
     if len(shape) < 2 or isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return len(shape) > 1
-    if last != "weight":                                   # a loose tensor: "position_embedding", "embedding.embeddings"
+    # a loose tensor: "position_embedding", "embedding.embeddings"
+    if last != "weight":
         return bool(EMBEDDING.fullmatch(last))
     return layer is None and len(shape) == 2 and bool(EMBEDDING.fullmatch(holder))
 
@@ -68,6 +69,9 @@ def kind_of_layer(layer: nn.Module, axes: int) -> str:
 
 
 def stores_conv1d(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Are GPT-2's matrices stored (in, out) here? Its c_attn and c_fc widen, so (in, out) is wider than tall and (out, in) is not."""
+    """Are GPT-2's matrices stored (in, out) here?
+
+    Its c_attn and c_fc widen, so (in, out) is wider than tall and (out, in) is not.
+    """
     return any(shape[0] < shape[1] for name, shape in shapes.items()
                if name.endswith(("c_attn.weight", "c_fc.weight")) and len(shape) == 2)

@@ -1,8 +1,8 @@
 """One side of a comparison of two models: its tensors by name, read one at a time.
 
-`open_side` takes a model in memory, a folder, a file or a name on the hub and gives one of two readers, which answer alike:
-`names`, `shapes`, `get(name)`, `dtype(name)`, `tied` (second name -> first name), `layer(name)`, the module that holds a tensor, if
-known, `module_names`, and `files`, where it was read from.
+`open_side` takes a model in memory, a folder, a file or a name on the hub and gives one of two readers, which answer
+alike: `names`, `shapes`, `get(name)`, `dtype(name)`, `tied` (second name -> first name), `layer(name)`, the module that
+holds a tensor, if known, `module_names`, and `files`, where it was read from.
 """
 import pickle
 import zipfile
@@ -19,7 +19,9 @@ PICKLED = (".bin", ".pt", ".pth")
 
 
 class TensorsInMemory:
-    """A model's parameters and stored buffers, or what `torch.load` made of pickled files (mapped, so read when used)."""
+    """A model's parameters and stored buffers, or what `torch.load` made of pickled files (mapped, so read when
+    used).
+    """
 
     def __init__(self, source: str, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None,
                  files: Sequence[Path] = ()):
@@ -31,7 +33,8 @@ class TensorsInMemory:
 
     def get(self, name: str) -> torch.Tensor:
         if self.tensors[name].is_meta:
-            raise ValueError(f"{name} of {self.source} has no values (it is on the meta device): load the weights first.")
+            raise ValueError(f"{name} of {self.source} has no values (it is on the meta device): load the weights "
+                             "first.")
         return self.tensors[name].detach()
 
     def dtype(self, name: str) -> torch.dtype | str:
@@ -52,7 +55,8 @@ class TensorsInFiles:
         self.dtypes = {name: FLOATS.get(dtype, dtype) for name, (_, dtype) in headers.items()}
         self.module_names = parents(self.names)
         embedding = next((n for n in self.names if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
-        tied = config.get("tie_word_embeddings") and embedding and "lm_head.weight" in where      # stored twice all the same
+        # stored twice all the same
+        tied = config.get("tie_word_embeddings") and embedding and "lm_head.weight" in where
         self.tied = {"lm_head.weight": embedding} if tied else {}
 
     def get(self, name: str) -> torch.Tensor:
@@ -72,15 +76,16 @@ def open_side(source: nn.Module | str | Path) -> Side:
     """A reader of one side's tensors.
 
     Args:
-        source: a model; a folder with model.safetensors, its shards or old pytorch_model*.bin; a .safetensors file; a pickled .bin
-            or .pt file of plain tensors; a name on the hub, fetched to the hub client's cache.
+        source: a model; a folder with model.safetensors, its shards or old pytorch_model*.bin; a .safetensors file; a
+            pickled .bin or .pt file of plain tensors; a name on the hub, fetched to the hub client's cache.
 
     Raises:
         FileNotFoundError, ValueError: nothing is there, or what is there is damaged or not plain tensors.
         RuntimeError: the hub did not give the name.
     """
     if isinstance(source, nn.Module):
-        return TensorsInMemory(getattr(source, "name_or_path", "") or type(source).__name__, source.state_dict(keep_vars=True), source)
+        return TensorsInMemory(getattr(source, "name_or_path", "") or type(source).__name__,
+                               source.state_dict(keep_vars=True), source)
     path, said = locate(source), str(source)
     if path.is_file():
         if path.suffix in PICKLED:
@@ -93,15 +98,19 @@ def open_side(source: nn.Module | str | Path) -> Side:
 
 
 def load_pickled(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an old file, read by the loader that builds nothing but tensors; anything else in it is refused."""
+    """The tensors of an old file, read by the loader that builds nothing but tensors; anything else in it is
+    refused.
+    """
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is damaged, or a pickle that holds more than plain tensors and could run code, so it is not read: "
-                         f"convert it to safetensors where you trust it ({type(error).__name__}).") from None
+        raise ValueError(f"{file} is damaged, or a pickle that holds more than plain tensors and could run code, so it "
+                         "is not read: convert it to safetensors where you trust it "
+                         f"({type(error).__name__}).") from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}, not tensors by name: save model.state_dict() instead.")
+        raise ValueError(f"{file} holds a {type(loaded).__name__}, not tensors by name: save model.state_dict() "
+                         "instead.")
     return loaded
 
 
@@ -109,7 +118,8 @@ def read_headers(where: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], 
     headers = {}
     for file in dict.fromkeys(where.values()):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is named in the index but missing: fetch the folder again ({HUB_EXAMPLE}).")
+            raise FileNotFoundError(f"{file} is named in the index but missing: fetch the folder again "
+                                    f"({HUB_EXAMPLE}).")
         held = tensor_headers(file)
         missing = [name for name, place in where.items() if place == file and name not in held]
         if missing:

@@ -1,5 +1,8 @@
-"""The course's names on one screen: what the notebooks use to claim, guess, draw, play and look up what was measured."""
-from lora_edu.course.figures.curves import learn_forget_plane, plot_bands, plot_bars, plot_loss_curves, plot_points, plot_two_losses
+"""The course's names on one screen: what the notebooks use to claim, guess, draw, play and look up what was
+measured.
+"""
+from lora_edu.course.figures.curves import (learn_forget_plane, plot_bands, plot_bars, plot_loss_curves, plot_points,
+                                            plot_two_losses)
 from lora_edu.course.figures.matrices import plot_picture_ranks, plot_singular_values, sample_picture
 from lora_edu.course.figures.memory import plot_beside, plot_bills
 from lora_edu.course.figures.merging import plot_latency, plot_methods_plane
@@ -19,8 +22,12 @@ from lora_edu.course.page.show import show
 from lora_edu.course.records.stored import load_record, tie
 from lora_edu.tables import Table
 
-__all__ = ["Table", "alpha_dial", "article_ledger", "calibration", "claim", "grid_explorer", "guess", "learn_forget_plane", "ledger",
-           "live_trainer", "load_record", "memory_calculator", "merge_lab", "plot_bands", "plot_bars", "plot_beside", "plot_bills",
-           "plot_density", "plot_latency", "plot_layers", "plot_loss_curves", "plot_methods_plane", "plot_parts", "plot_picture_ranks",
-           "plot_points", "plot_rank_curves", "plot_rates", "plot_singular_values", "plot_spectra", "plot_two_losses", "plot_update_sizes",
+__all__ = ["Table", "alpha_dial", "article_ledger", "calibration", "claim", "grid_explorer", "guess",
+           "learn_forget_plane", "ledger",
+           "live_trainer", "load_record", "memory_calculator", "merge_lab", "plot_bands", "plot_bars", "plot_beside",
+           "plot_bills",
+           "plot_density", "plot_latency", "plot_layers", "plot_loss_curves", "plot_methods_plane", "plot_parts",
+           "plot_picture_ranks",
+           "plot_points", "plot_rank_curves", "plot_rates", "plot_singular_values", "plot_spectra", "plot_two_losses",
+           "plot_update_sizes",
            "plot_what_is_kept", "rank_picture", "sample_picture", "show", "spectrum_explorer", "target_picker", "tie"]

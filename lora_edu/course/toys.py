@@ -1,4 +1,6 @@
-"""Small experiments that notebooks run and checkers use: a hidden update to learn, and cards far from their sentence."""
+"""Small experiments that notebooks run and checkers use: a hidden update to learn, and cards far from their
+sentence.
+"""
 import torch
 from torch import nn
 
@@ -6,11 +8,13 @@ from lora_edu.training import bistro, corpora
 from lora_edu.training.loop import Batch
 
 
-def teacher(W: torch.Tensor, hidden_rank: int, n: int, seed: int, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def teacher(W: torch.Tensor, hidden_rank: int, n: int, seed: int, noise: float = 0.0) -> tuple[torch.Tensor,
+                                                                                               torch.Tensor]:
     """Inputs (n, in) and targets (n, out) of a layer whose weight is W plus a hidden update of the given rank."""
     generator = torch.Generator().manual_seed(seed)
     out_features, in_features = W.shape
-    B, A = torch.randn(out_features, hidden_rank, generator=generator), torch.randn(hidden_rank, in_features, generator=generator)
+    B, A = torch.randn(out_features, hidden_rank, generator=generator), torch.randn(hidden_rank, in_features,
+                                                                                    generator=generator)
     hidden = B @ A / (hidden_rank * in_features) ** 0.5
     x = torch.randn(n, in_features, generator=generator)
     y = x @ (W.detach() + hidden).T
@@ -32,10 +36,12 @@ def learn(layer: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int = 150, 
 
 
 def far_cards(tokenizer, filler: torch.Tensor, length: int, room: int = 512, n: int = 24) -> Batch:
-    """Section 4: restaurant cards that stand far from their sentence, as a batch (inputs, targets) that counts the sentence alone.
+    """Section 4: restaurant cards that stand far from their sentence, as a batch (inputs, targets) that counts the
+    sentence alone.
 
     Args:
-        filler: tokens (N,) of tales, of which as many stand between a card and the arrow as make a prompt of `length` tokens.
+        filler: tokens (N,) of tales, of which as many stand between a card and the arrow as make a prompt of `length`
+            tokens.
         room: how many tokens the model can read; what is too long loses its oldest, and those are the card's.
     """
     rows, arrow, place = [], tokenizer.encode("\n=>").ids, 0
@@ -43,8 +49,8 @@ def far_cards(tokenizer, filler: torch.Tensor, length: int, room: int = 512, n: 
         card = tokenizer.encode(bistro.prompt(record).removesuffix("\n=>")).ids
         between = length - len(card) - len(arrow)
         if not 0 <= between <= len(filler):
-            raise ValueError(f"length={length}: a card and its arrow have {len(card) + len(arrow)} tokens and there are {len(filler)} of "
-                             "tales; choose a length between.")
+            raise ValueError(f"length={length}: a card and its arrow have {len(card) + len(arrow)} tokens and there "
+                             f"are {len(filler)} of tales; choose a length between.")
         place = place if place + between <= len(filler) else 0
         said = tokenizer.encode(" " + sentence).ids + [corpora.end_token(tokenizer)]
         ids = card + filler[place:place + between].tolist() + arrow + said

@@ -1,7 +1,7 @@
 """An adapter as two small files, in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-PEFT loads what `save_adapter` writes, and `load_adapter` reads plain LoRA adapters that PEFT wrote. PEFT itself loads some
-wrong files with a warning or with none; here every tensor must have its place and every place its tensor.
+PEFT loads what `save_adapter` writes, and `load_adapter` reads plain LoRA adapters that PEFT wrote. PEFT itself loads
+some wrong files with a warning or with none; here every tensor must have its place and every place its tensor.
 
 Source: PEFT 0.21, developer guide "checkpoint format".
 """
@@ -26,7 +26,8 @@ UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alph
                "exclude_modules", "target_parameters", "layer_replication", "trainable_token_indices")
 
 
-def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32, base_name: str | None = None) -> int:
+def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32,
+                 base_name: str | None = None) -> int:
     """Write the model's LoRA factors in PEFT's format, both files or none; returns the bytes of the tensor file.
 
     Args:
@@ -38,15 +39,19 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     first = layers[0][1]
     modules = [name for name, _ in model.named_modules() if ".base_layer" not in name]
     config = adapter_config(first.rank, first.alpha, target_modules([name for name, _ in layers], modules), base_name,
-                            is_conv1d(first.base_layer), first.rslora) | {"task_type": "CAUSAL_LM", "lora_dropout": first.dropout}
+                            is_conv1d(first.base_layer), first.rslora) | {"task_type": "CAUSAL_LM",
+                                                                          "lora_dropout": first.dropout}
     return write_adapter(folder, {name: t.to(dtype) for name, t in lora_state_dict(model).items()}, config)
 
 
 def adapter_config(rank: int, alpha: float, targets: list[str] | str, base_name: str | None, transposed: bool,
                    rslora: bool = False) -> dict:
-    """What adapter_config.json says of a plain LoRA; transposed: the targets store (in, out), as transformers' Conv1D does."""
-    return {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "inference_mode": True, "r": rank,
-            "lora_alpha": alpha, "use_rslora": rslora, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": transposed, "target_modules": targets}
+    """What adapter_config.json says of a plain LoRA; transposed: the targets store (in, out), as transformers'
+    Conv1D does.
+    """
+    return {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "inference_mode": True,
+            "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "lora_dropout": 0.0, "bias": "none",
+            "fan_in_fan_out": transposed, "target_modules": targets}
 
 
 def write_adapter(folder: str | Path, factors: dict[str, torch.Tensor], config: dict) -> int:
@@ -65,8 +70,8 @@ def write_adapter(folder: str | Path, factors: dict[str, torch.Tensor], config: 
 def target_modules(names: list[str], modules: list[str]) -> list[str] | str:
     """What makes PEFT (and `apply_lora`) choose exactly `names` among a model's `modules`.
 
-    The last parts of the names ("q_proj") where they will do, else the full names, else a regular expression for them: a full name
-    is matched as an ending too, and may be the ending of another.
+    The last parts of the names ("q_proj") where they will do, else the full names, else a regular expression for them:
+    a full name is matched as an ending too, and may be the ending of another.
     """
     for entries in (sorted({name.rpartition(".")[2] for name in names}), list(names)):
         if {m for m in modules if any(ends_in(m, entry) for entry in entries)} == set(names):
@@ -89,19 +94,21 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAReport:
     config = read_json(folder / CONFIG, "an adapter_config.json that PEFT wrote")
     asked = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("peft_type") != "LORA" or asked:
-        raise ValueError(f"{folder / CONFIG} asks for {', '.join(asked) or config.get('peft_type')}: only plain LoRA is read here; "
-                         "load it with PEFT.")
+        raise ValueError(f"{folder / CONFIG} asks for {', '.join(asked) or config.get('peft_type')}: only plain LoRA "
+                         "is read here; load it with PEFT.")
     try:
         stored = load_file(folder / TENSORS)
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSORS} is damaged or no safetensors file ({error}): fetch it again.") from None
     stored = {name.removeprefix(PREFIX).removesuffix(".weight"): t for name, t in stored.items()}
-    report = apply_lora(model, config["target_modules"], config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
+    report = apply_lora(model, config["target_modules"], config.get("r", 8), config.get("lora_alpha", 8),
+                        config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
     places = lora_state_dict(model)
     wrong = describe_misfit(stored, places)
     if wrong:
         remove_lora(model, merge=False)
-        raise ValueError(f"the adapter in {folder} does not fit this model: {wrong}. It was made for another base or other targets.")
+        raise ValueError(f"the adapter in {folder} does not fit this model: {wrong}. It was made for another base or "
+                         "other targets.")
     for name, place in places.items():
         place.copy_(stored[name])
     return report

@@ -1,7 +1,8 @@
 """Give a whole model LoRA: matched linear layers become `LoRALinear`, everything else is frozen.
 
-Read the last four lines of `apply_lora`: that is all there is to it. What stands before them are checks, so that a call that raises has
-changed nothing; which layers match is told in `targets.py`, how the update is folded in and taken out again in `merge.py`.
+Read the last four lines of `apply_lora`: that is all there is to it. What stands before them are checks, so that a call
+that raises has changed nothing; which layers match is told in `targets.py`, how the update is folded in and taken out
+again in `merge.py`.
 """
 import copy
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,8 @@ from lora_edu.lora.settings import check_settings, scaling_of
 from lora_edu.lora.targets import find_targets, refuse_tied, shorten
 from lora_edu.tables import ShowsTables, Table
 
-NOT_THE_MODEL = ("this is apply_lora's report and not the model, which was changed in place and is still the one that you passed: "
-                 "write apply_lora(model, …) on a line of its own, without `model =`.")
+NOT_THE_MODEL = ("this is apply_lora's report and not the model, which was changed in place and is still the one that "
+                 "you passed: write apply_lora(model, …) on a line of its own, without `model =`.")
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,7 +50,8 @@ class LoRAReport(ShowsTables):
         return cls(rank=first.rank, alpha=first.alpha, rslora=first.rslora,
                    matched={name: (m.out_features, m.in_features) for name, m in layers.items()}, left_out=left_out,
                    trainable=sum(p.numel() for p in factors), total=sum(p.numel() for p in model.parameters()),
-                   adapter_bytes=sum(p.nbytes for p in factors), merge_bytes=sum(m.weight.nbytes for m in layers.values()))
+                   adapter_bytes=sum(p.nbytes for p in factors),
+                   merge_bytes=sum(m.weight.nbytes for m in layers.values()))
 
     @property
     def scaling(self) -> float:
@@ -65,9 +67,9 @@ class LoRAReport(ShowsTables):
                 for (ending, (out, into)), count in kinds.items()]
 
     def summary(self) -> str:
-        return (f"rank {self.rank}, alpha {self.alpha:g}, scaling {self.scaling:g}: {self.trainable:,} of {self.total:,} "
-                f"parameters train ({self.trainable / self.total:.2%}); the adapter is {self.adapter_bytes:,} bytes, "
-                f"merging keeps {self.merge_bytes:,} more in memory.")
+        return (f"rank {self.rank}, alpha {self.alpha:g}, scaling {self.scaling:g}: {self.trainable:,} of "
+                f"{self.total:,} parameters train ({self.trainable / self.total:.2%}); the adapter is "
+                f"{self.adapter_bytes:,} bytes, merging keeps {self.merge_bytes:,} more in memory.")
 
     def tables(self) -> list[Table]:
         return [Table(("layer", "count", "shape (out x in)", "trainable numbers"), self.rows(), self.summary())]
@@ -86,7 +88,8 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
     """Wrap the linear layers that match with `LoRALinear` and freeze the rest; the model is changed in place.
 
     Args:
-        target_modules: name endings such as ("q_proj", "v_proj"), a regular expression, or "all-linear" (all but the output head).
+        target_modules: name endings such as ("q_proj", "v_proj"), a regular expression, or "all-linear" (all but the
+            output head).
         rank, alpha, dropout, rslora: as in `LoRALinear`; the same for every layer.
 
     Returns:
@@ -99,10 +102,11 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
     Source: Hu et al. (2021), section 4, arXiv:2106.09685.
 
     >>> model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> apply_lora(model, ["0"], rank=2, alpha=4)
+    >>> apply_lora(model, ["0"], rank=2, alpha=4)     # doctest: +NORMALIZE_WHITESPACE
     layer  count  shape (out x in)  trainable numbers
     0          1            8 x 12                 40
-    rank 2, alpha 4, scaling 2: 40 of 171 parameters train (23.39%); the adapter is 160 bytes, merging keeps 384 more in memory.
+    rank 2, alpha 4, scaling 2: 40 of 171 parameters train (23.39%); the adapter is 160 bytes, merging keeps 384 more in
+    memory.
     """
     chosen = choose_layers(model, target_modules, rank, alpha, dropout)
     left_out = [name for name in linear_layers(model) if name not in chosen]
@@ -114,13 +118,16 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
 
 def choose_layers(model: nn.Module, target_modules: Sequence[str] | str, rank: int, alpha: float, dropout: float = 0.0
                   ) -> dict[str, nn.Module]:
-    """Name -> linear layer, of those that a LoRA with these settings goes beside; all of `apply_lora`'s checks are made here."""
+    """Name -> linear layer, of those that a LoRA with these settings goes beside; all of `apply_lora`'s checks are
+    made here.
+    """
     taken = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     if taken:
         raise ValueError(f"the model has LoRA already, on {shorten(taken)}: call remove_lora(model, merge=…) first.")
     linears = linear_layers(model)
     if "" in linears:
-        raise ValueError("the model is itself one linear layer: use LoRALinear.wrap(model, …), there is no parent to put it in.")
+        raise ValueError("the model is itself one linear layer: use LoRALinear.wrap(model, …), there is no parent to "
+                         "put it in.")
     targets = find_targets(model, linears, target_modules)
     refuse_tied(model, targets)
     for name in targets:
@@ -132,7 +139,8 @@ def choose_layers(model: nn.Module, target_modules: Sequence[str] | str, rank: i
 
 
 def unfreeze_matrices(model: nn.Module, target_modules: Sequence[str] | str = "all-linear") -> list[str]:
-    """Full fine-tuning's side of a fair comparison: exactly the matrices that `apply_lora` would wrap train, all else is frozen.
+    """Full fine-tuning's side of a fair comparison: exactly the matrices that `apply_lora` would wrap train, all else
+    is frozen.
 
     Returns their names.
     """
@@ -156,7 +164,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """A model of new modules around the same weights: nothing big is copied, and it can be wrapped, or moved, without touching `model`.
+    """A model of new modules around the same weights: nothing big is copied, and it can be wrapped, or moved, without
+    touching `model`.
 
     Its Parameter objects are its own and frozen; the storage is shared, so what writes into the weights changes both.
     """
@@ -178,7 +187,8 @@ def some_lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every `lora_A` (rank, in_features) and `lora_B` (out_features, rank), in the model's order: what an optimizer needs.
+    """Every `lora_A` (rank, in_features) and `lora_B` (out_features, rank), in the model's order: what an optimizer
+    needs.
 
     Raises ValueError if the model has no LoRA.
 
@@ -191,7 +201,8 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_state_dict(model: nn.Module) -> dict:
-    """The factors by name ("….q_proj.lora_A"), detached, not copied; `model.load_state_dict(…, strict=False)` takes them back.
+    """The factors by name ("….q_proj.lora_A"), detached, not copied; `model.load_state_dict(…, strict=False)` takes
+    them back.
 
     Raises ValueError if the model has no LoRA.
 

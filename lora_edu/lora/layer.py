@@ -19,7 +19,8 @@ def is_conv1d(layer: nn.Module) -> bool:
 
     Known by its name and shape, so that this package need not import transformers.
     """
-    return type(layer).__name__ == "Conv1D" and getattr(getattr(layer, "weight", None), "ndim", 0) == 2 and hasattr(layer, "nf")
+    ndim = getattr(getattr(layer, "weight", None), "ndim", 0)
+    return type(layer).__name__ == "Conv1D" and ndim == 2 and hasattr(layer, "nf")
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -46,14 +47,15 @@ def rounded_sum(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """
     shape = " x ".join(map(str, weight.shape))
     if not delta.isfinite().all():
-        raise ValueError(f"the update of this {shape} weight is not finite, so it is not merged and the weights stay as they were: "
-                         "train again with a smaller learning rate.")
+        raise ValueError(f"the update of this {shape} weight is not finite, so it is not merged and the weights stay "
+                         "as they were: train again with a smaller learning rate.")
     wide = wide_dtype(weight.dtype, delta.dtype)
     folded = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
     if not folded.isfinite().all():
         dtype = str(weight.dtype).removeprefix("torch.")
-        raise ValueError(f"this {shape} weight plus its update is not finite in {dtype} (largest: {torch.finfo(weight.dtype).max:.4g}), "
-                         "so it is not merged and the weights stay as they were: load the model in bfloat16 or float32.")
+        raise ValueError(f"this {shape} weight plus its update is not finite in {dtype} (largest: "
+                         f"{torch.finfo(weight.dtype).max:.4g}), so it is not merged and the weights stay as they "
+                         "were: load the model in bfloat16 or float32.")
     return folded
 
 
@@ -100,7 +102,8 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = scaling_of(rank, alpha, rslora)
         self.off = False                     # see `lora_off`
-        self.base_layer = (nn.Linear(in_features, out_features) if base_layer is None else base_layer).requires_grad_(False)
+        self.base_layer = (nn.Linear(in_features, out_features) if base_layer is None
+                           else base_layer).requires_grad_(False)
         dtype = self.weight.dtype if self.weight.dtype not in (torch.bfloat16, torch.float16) else torch.float32
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=self.weight.device))
@@ -110,15 +113,20 @@ class LoRALinear(nn.Module):
     @classmethod
     def wrap(cls, base_layer: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rslora: bool = False
              ) -> "LoRALinear":
-        """The same, around a layer that exists (nn.Linear, or transformers' Conv1D): it is frozen in place, not copied."""
+        """The same, around a layer that exists (nn.Linear, or transformers' Conv1D): it is frozen in place, not
+        copied.
+        """
         if isinstance(base_layer, cls):
             raise ValueError("this layer is a LoRALinear already: wrap its base_layer, or remove_lora first.")
         if not is_linear(base_layer):
-            raise TypeError(f"a {type(base_layer).__name__} cannot be wrapped: LoRALinear takes nn.Linear and transformers' Conv1D.")
+            raise TypeError(f"a {type(base_layer).__name__} cannot be wrapped: LoRALinear takes nn.Linear and "
+                            "transformers' Conv1D.")
         return cls(*features(base_layer), rank, alpha, dropout, base_layer, rslora)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The formula is ``base_layer(x) + scaling * (x @ lora_A.T) @ lora_B.T``; `_add_update` says why its lines are longer."""
+        """The formula is ``base_layer(x) + scaling * (x @ lora_A.T) @ lora_B.T``; `_add_update` says why its lines
+        are longer.
+        """
         if self.off:
             return self.base_layer(x)
         if self.merged_weight is not None:
@@ -127,23 +135,27 @@ class LoRALinear(nn.Module):
 
     def _add_update(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + scaling * x @ lora_A.T @ lora_B.T: two thin products, never the full B A."""
-        x = x.to(self.lora_A.dtype)                                     # a 16-bit base: the update is made in float32, as in PEFT
+        x = x.to(self.lora_A.dtype)                               # a 16-bit base: made in float32, as in PEFT
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        low = x.reshape(-1, self.in_features) @ self.lora_A.T           # (N, rank)
-        wide = y.reshape(-1, self.out_features).to(low.dtype)           # so is the sum, which is rounded once, at the end
-        # one call adds, scales and multiplies: a third of the memory traffic. The contiguous (rank, out) copy of the thin factor costs
-        # nothing, and the two products of its backward run twice as fast on a CPU
+        low = x.reshape(-1, self.in_features) @ self.lora_A.T     # (N, rank)
+        wide = y.reshape(-1, self.out_features).to(low.dtype)     # the sum in float32 too: rounded once, at the end
+        # one call adds, scales and multiplies, which saves going over the output three times. The contiguous copy of
+        # the thin factor costs nothing, and the two products of its backward run twice as fast on a CPU
         return torch.addmm(wide, low, self.lora_B.T.contiguous(), alpha=self.scaling).reshape(y.shape).to(y.dtype)
 
     def _merged_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
-            raise RuntimeError("a merged layer cannot train, its factors are out of the sum: call unmerge(), or eval() to use it.")
+            raise RuntimeError("a merged layer cannot train, its factors are out of the sum: call unmerge(), or eval() "
+                               "to use it.")
         return F.linear(x, self.merged_weight.T if is_conv1d(self.base_layer) else self.merged_weight, self.bias)
 
     @property
     def weight(self) -> torch.Tensor:
-        """W₀ as the base layer stores it: (out_features, in_features), or transposed in a Conv1D. Never changed by a merge."""
+        """W₀ as the base layer stores it: (out_features, in_features), or transposed in a Conv1D.
+
+        Never changed by a merge.
+        """
         return self.base_layer.weight
 
     @property
@@ -171,8 +183,8 @@ class LoRALinear(nn.Module):
             ValueError: an entry of the update, or of the sum, is not finite.
         """
         if self.dropout and self.training:
-            raise RuntimeError(f"the layer is in training mode with dropout={self.dropout:g}, which a merged weight leaves out: "
-                               "call model.eval() first, then merge.")
+            raise RuntimeError(f"the layer is in training mode with dropout={self.dropout:g}, which a merged weight "
+                               "leaves out: call model.eval() first, then merge.")
         wide = wide_dtype(self.weight.dtype, self.lora_A.dtype)
         with torch.autocast(self.weight.device.type, enabled=False):         # it would make the product in 16 bits
             delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))

@@ -1,6 +1,8 @@
-"""Fold the updates into the weights, take them out again, turn them down: what can be done with a LoRA once it is there.
+"""Fold the updates into the weights, take them out again, turn them down: what can be done with a LoRA once it is
+there.
 
-A merge adds s·BA to W₀ and rounds the sum to the weight's dtype. A weight keeps 24 binary digits in float32, 11 in float16, 8 in
+A merge adds s·BA to W₀ and rounds the sum to the weight's dtype. A weight keeps 24 binary digits in float32, 11 in
+float16, 8 in
 bfloat16: an update below half the step to the next number is lost. `MergeReport` says how much was.
 """
 import contextlib
@@ -19,7 +21,9 @@ from lora_edu.tables import ShowsTables, Table
 
 
 class Rounding(NamedTuple):
-    """What became of one update, or of several: `asked` entries have an update that is not zero, `lost` of these did not move."""
+    """What became of one update, or of several: `asked` entries have an update that is not zero, `lost` of these did
+    not move.
+    """
 
     entries: int
     asked: int
@@ -31,7 +35,9 @@ class Rounding(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, weight: torch.Tensor, delta: torch.Tensor, folded: torch.Tensor) -> "Rounding":
-        """Compare what was asked, `delta`, with what arrived, `folded - weight`; in float64 (float32 on MPS, which has none wider)."""
+        """Compare what was asked, `delta`, with what arrived, `folded - weight`; in float64 (float32 on MPS, which
+        has none wider).
+        """
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
         arrived = folded.to(wide, copy=True).sub_(weight)
         asked, lost = torch.count_nonzero(delta), torch.count_nonzero(delta[arrived == 0])
@@ -64,7 +70,9 @@ class Rounding(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class MergeReport(ShowsTables):
-    """`parts` by layer name and all of them in `total`, the dtype of the weights, and the bytes kept in memory beside W₀."""
+    """`parts` by layer name and all of them in `total`, the dtype of the weights, and the bytes kept in memory
+    beside W₀.
+    """
 
     parts: dict[str, Rounding]
     dtype: str
@@ -83,8 +91,9 @@ class MergeReport(ShowsTables):
 
     def summary(self) -> str:
         size, lost, error = self.total.cells()
-        return (f"{len(self.parts)} matrices in {self.dtype}, {self.total.entries:,} entries: the update is {size} of W₀; {lost} of its "
-                f"entries were rounded away, what arrived is off by {error} of it. {self.extra_bytes:,} more bytes in memory.")
+        return (f"{len(self.parts)} matrices in {self.dtype}, {self.total.entries:,} entries: the update is {size} of "
+                f"W₀; {lost} of its entries were rounded away, what arrived is off by {error} of it. "
+                f"{self.extra_bytes:,} more bytes in memory.")
 
     def tables(self) -> list[Table]:
         return [Table(("layer", "count", "‖ΔW‖/‖W₀‖", "rounded away", "error of ΔW"), self.rows(), self.summary())]
@@ -139,8 +148,9 @@ def unmerge_lora(model: nn.Module) -> None:
 def remove_lora(model: nn.Module, *, merge: bool) -> MergeReport | None:
     """Put the plain layers back: with the update written into their weights (`merge=True`), or as they were (`False`).
 
-    Written in place, one matrix at a time: no second copy of the model is needed. A merged model is welcome: the update is
-    added to W₀, which a merge never touches. Parameters stay frozen; call `model.requires_grad_(True)` to train them.
+    Written in place, one matrix at a time: no second copy of the model is needed. A merged model is welcome: the update
+    is added to W₀, which a merge never touches. Parameters stay frozen; call `model.requires_grad_(True)` to train
+    them.
 
     Returns:
         With `merge=True` what `merge_lora` returns.
@@ -166,7 +176,9 @@ def remove_lora(model: nn.Module, *, merge: bool) -> MergeReport | None:
 
 
 def _fold_all(layers: list[tuple[str, LoRALinear]], keep: bool) -> tuple[list[torch.Tensor], MergeReport]:
-    """Every W₀ + update (an empty list without `keep`: then one is in memory at a time) and the report; no layer is changed."""
+    """Every W₀ + update (an empty list without `keep`: then one is in memory at a time) and the report; no layer is
+    changed.
+    """
     folded, parts = [], {}
     for name, layer in layers:
         try:
@@ -181,7 +193,8 @@ def _fold_all(layers: list[tuple[str, LoRALinear]], keep: bool) -> tuple[list[to
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Turn every update to `strength` times what was trained: 0 is the base, 1 the adapter, between them a mixture. No unit.
+    """Turn every update to `strength` times what was trained: 0 is the base, 1 the adapter, between them a mixture. No
+    unit.
 
     Raises:
         RuntimeError: a layer is merged, and the merged weight would not follow.

@@ -1,6 +1,8 @@
-"""What a LoRA is set to: rank and alpha, the rule that makes a scaling of the two, its targets, its learning rate and seed.
+"""What a LoRA is set to: rank and alpha, the rule that makes a scaling of the two, its targets, its learning rate and
+seed.
 
-Sources: Hu et al. (2021), section 4.1, for alpha / rank; Kalajdzievski (2023), arXiv:2312.03732, for alpha / sqrt(rank) ("rsLoRA").
+Sources: Hu et al. (2021), section 4.1, for alpha / rank; Kalajdzievski (2023), arXiv:2312.03732, for alpha / sqrt(rank)
+("rsLoRA").
 """
 import math
 from dataclasses import dataclass
@@ -23,8 +25,8 @@ def check_settings(in_features: int, out_features: int, rank: int, alpha: float,
     """Raise ValueError, in one sentence, for settings that do not fit an (out_features, in_features) weight."""
     largest = min(in_features, out_features)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
-        raise ValueError(f"rank={rank!r} does not fit a {out_features} x {in_features} weight: "
-                         f"choose a whole number, 1 <= rank <= {largest}.")
+        raise ValueError(f"rank={rank!r} does not fit a {out_features} x {in_features} weight: choose a whole number, "
+                         f"1 <= rank <= {largest}.")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha} is not finite: choose a number such as {2 * rank} (twice the rank).")
     if not 0 <= dropout < 1:
@@ -60,7 +62,8 @@ class LoRASettings:
 
     @classmethod
     def by_rule(cls, rule: str, rank: int, **rest) -> "LoRASettings":
-        """The rule's alpha: twice the rank ("2r"); 16 for every rank ("fixed"); or the same with the root of the rank ("rslora").
+        """The rule's alpha: twice the rank ("2r"); 16 for every rank ("fixed"); or the same with the root of the rank
+        ("rslora").
 
         Raises:
             ValueError: no such rule.

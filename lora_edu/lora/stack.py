@@ -1,10 +1,12 @@
 """Many adapters over one frozen base, in one forward pass: `LoRAStack`.
 
-G adapters share every product with a frozen weight; only the thin ones are their own. Their factors lie in one tensor per
-layer, (G, R, in) and (G, R, out), R the largest rank: a smaller adapter fills the first rows, and the rest are zeros that no
-optimizer ever sees. A batch brings G groups of rows, one for each adapter; or a number per row says which adapter it wants.
+G adapters share every product with a frozen weight; only the thin ones are their own. Their factors lie in one tensor
+per layer, (G, R, in) and (G, R, out), R the largest rank: a smaller adapter fills the first rows, and the rest are
+zeros that no optimizer ever sees. A batch brings G groups of rows, one for each adapter; or a number per row says which
+adapter it wants.
 
-Sources: Hu et al. (2021), section 4.1, for one adapter; Chen et al. (2023), "Punica", arXiv:2310.18547, for many in a batch.
+Sources: Hu et al. (2021), section 4.1, for one adapter; Chen et al. (2023), "Punica", arXiv:2310.18547, for many in a
+batch.
 """
 import contextlib
 import math
@@ -22,7 +24,8 @@ class StackedLinear(nn.Module):
     """A frozen linear layer with G updates beside it; made by `LoRAStack`.
 
     Shapes: lora_A (G, R, in_features), lora_B (G, R, out_features), transposed so that one adapter's rows lie together;
-    scaling (G, 1, 1), 0 for an adapter that leaves this layer alone. x (rows, ..., in_features) -> y (rows, ..., out_features).
+    scaling (G, 1, 1), 0 for an adapter that leaves this layer alone. x (rows, ..., in_features) -> y (rows, ...,
+    out_features).
     """
 
     def __init__(self, base_layer: nn.Module, ranks: list[int], scalings: list[float], routing: dict):
@@ -41,8 +44,9 @@ class StackedLinear(nn.Module):
         if index is not None:                                        # a row, an adapter: gather the factors
             A, B, scaling = A[index], B[index], scaling[index]
         if x.shape[0] % len(A) or (index is not None and x.shape[0] != len(A)):
-            raise ValueError(f"{x.shape[0]} rows for {len(A)} {'chosen ' if index is not None else ''}adapters: give each adapter as many "
-                             "rows as the others, its rows together, or name an adapter for every row with `stack.rows([...])`.")
+            raise ValueError(f"{x.shape[0]} rows for {len(A)} {'chosen ' if index is not None else ''}adapters: give "
+                             "each adapter as many rows as the others, its rows together, or name an adapter for "
+                             "every row with `stack.rows([...])`.")
         groups = x.to(A.dtype).reshape(len(A), -1, x.shape[-1])      # (G, N, in)
         low = groups @ A.transpose(1, 2) * scaling                   # (G, N, R)
         wide = y.reshape(len(A), -1, y.shape[-1]).to(low.dtype)
@@ -53,11 +57,13 @@ class StackedLinear(nn.Module):
 
 
 class LoRAStack:
-    """Put G adapters, one for each of a list of `LoRASettings`, on a model, in place: `model(ids)` then reads G groups of rows, one group for each adapter.
+    """Put G adapters, one for each of a list of `LoRASettings`, on a model, in place: `model(ids)` then reads G groups
+    of rows, one group for each adapter.
 
-    The same numbers as one adapter at a time: adapter i starts as `torch.manual_seed(seed); apply_lora(model, ...)` would start
-    it, its loss does not depend on its neighbours, and what pads it to the largest rank stays exactly zero, because only
-    `parameters_of(i)` are handed to an optimizer. Move the model to its device first: `.to()` would part the stack from its optimizer.
+    The same numbers as one adapter at a time: adapter i starts as `torch.manual_seed(seed); apply_lora(model, ...)`
+    would start it, its loss does not depend on its neighbours, and what pads it to the largest rank stays exactly zero,
+    because only `parameters_of(i)` are handed to an optimizer. Move the model to its device first: `.to()` would part
+    the stack from its optimizer.
 
     Shapes: ids (rows, T) -> logits (rows, T, vocab), rows a multiple of G, or as many as `rows` names.
 
@@ -67,7 +73,8 @@ class LoRAStack:
     Source: Chen et al. (2023), "Punica", arXiv:2310.18547, for a batch whose rows use different adapters.
 
     >>> model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
-    >>> stack = LoRAStack(model, [LoRASettings(rank=2, target_modules=["0"]), LoRASettings(rank=4, target_modules=["0"])])
+    >>> stack = LoRAStack(model, [LoRASettings(rank=2, target_modules=["0"]), LoRASettings(rank=4,
+    target_modules=["0"])])
     >>> model(torch.randn(6, 12)).shape       # three rows for each
     torch.Size([6, 3])
     >>> with stack.rows([1, 0, 1]):           # or a number for each row
@@ -103,7 +110,8 @@ class LoRAStack:
                 nn.init.kaiming_uniform_(layer.lora_A[i, :layer.ranks[i]], a=5**0.5)
 
     def parameters_of(self, i: int) -> list[nn.Parameter]:
-        """Adapter i's factors, (rank, in) and (rank, out) by turns: views into the stack, made anew by each call, with their gradients.
+        """Adapter i's factors, (rank, in) and (rank, out) by turns: views into the stack, made anew by each call, with
+        their gradients.
 
         An optimizer over them trains this adapter and nothing else.
         """
@@ -140,8 +148,9 @@ class LoRAStack:
             self.routing["index"] = before
 
     def unstack(self, i: int) -> nn.Module:
-        """A model with adapter i alone, in ordinary `LoRALinear` layers around the same frozen weights: nothing big is copied, so
-        copy.deepcopy it before `remove_lora(merge=True)`, which writes into them. Moved to another device, it leaves the stack where it is.
+        """A model with adapter i alone, in ordinary `LoRALinear` layers around the same frozen weights: nothing big is
+        copied, so copy.deepcopy it before `remove_lora(merge=True)`, which writes into them. Moved to another device,
+        it leaves the stack where it is.
         """
         adapter = self.adapters[i]
         model = share_weights(self.model)
@@ -162,7 +171,9 @@ class LoRAStack:
 
 
 def targets_of(model: nn.Module, adapters: Sequence[LoRASettings]) -> list[list[str]]:
-    """Names of the layers that each adapter asks for; all of `LoRAStack`'s checks are made here, and raise as it says."""
+    """Names of the layers that each adapter asks for; all of `LoRAStack`'s checks are made here, and raise as it
+    says.
+    """
     if not adapters:
         raise ValueError("no adapters: give a list with at least one LoRASettings(rank=…, alpha=…).")
     targets = []

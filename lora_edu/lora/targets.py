@@ -1,7 +1,7 @@
 """Which linear layers get a LoRA: PEFT's rules of matching (0.21), and the four placements that the course compares.
 
-A list matches names that equal an entry or end in "." + entry; a string is a regular expression for the whole name; "all-linear" is
-every linear layer but the output head.
+A list matches names that equal an entry or end in "." + entry; a string is a regular expression for the whole name;
+"all-linear" is every linear layer but the output head.
 """
 import difflib
 import re
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from torch import nn
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # of a LLaMA's block
-PLACEMENTS = {"all-linear": PROJECTIONS, "MLP": PROJECTIONS[4:], "Q, K, V, O": PROJECTIONS[:4], "Q, V": ("q_proj", "v_proj")}
+PLACEMENTS = {"all-linear": PROJECTIONS, "MLP": PROJECTIONS[4:], "Q, K, V, O": PROJECTIONS[:4],
+              "Q, V": ("q_proj", "v_proj")}
 
 
 def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules: Sequence[str] | str) -> list[str]:
@@ -20,16 +21,19 @@ def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules
             head = output_head(model, linears)
             found = [name for name in linears if name != head]
             if not found:
-                raise ValueError(f"'all-linear' leaves out the output head {head!r}, and it is the only linear layer: name it in a list.")
+                raise ValueError(f"'all-linear' leaves out the output head {head!r}, and it is the only linear layer: "
+                                 "name it in a list.")
             return found
         found = [name for name in linears if re.fullmatch(target_modules, name)]
         if not found:
-            raise ValueError(f"target_modules={target_modules!r} is read as a regular expression for whole names and matches no linear "
-                             f"layer: the model has {shorten(list(linears))}. {near_misses(target_modules, linears)}".rstrip())
+            raise ValueError(f"target_modules={target_modules!r} is read as a regular expression for whole names and "
+                             f"matches no linear layer: the model has {shorten(list(linears))}. "
+                             f"{near_misses(target_modules, linears)}".rstrip())
         return found
     entries = list(target_modules)
     if not entries:
-        raise ValueError("target_modules is empty: name at least one layer ending, such as 'q_proj', or pass 'all-linear'.")
+        raise ValueError("target_modules is empty: name at least one layer ending, such as 'q_proj', or pass "
+                         "'all-linear'.")
     for entry in entries:
         if not any(ends_in(name, entry) for name in linears):
             raise ValueError(f"target_modules entry {entry!r} matches no linear layer. {near_misses(entry, linears)}")
@@ -59,7 +63,9 @@ def output_head(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
 
 
 def refuse_tied(model: nn.Module, targets: list[str]) -> None:
-    """A tied weight cannot be adapted alone: merged, the update would land in both places (silently wrong in PEFT 0.21)."""
+    """A tied weight cannot be adapted alone: merged, the update would land in both places (silently wrong in PEFT
+    0.21).
+    """
     users: dict[int, list[str]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -68,5 +74,5 @@ def refuse_tied(model: nn.Module, targets: list[str]) -> None:
     for names in users.values():
         for name in targets:
             if f"{name}.weight" in names and len(names) > 1:
-                raise ValueError(f"the weights {' and '.join(names)} are one tensor (tied): leave {name!r} out of target_modules, "
-                                 "or untie them first by giving one a copy.")
+                raise ValueError(f"the weights {' and '.join(names)} are one tensor (tied): leave {name!r} out of "
+                                 "target_modules, or untie them first by giving one a copy.")

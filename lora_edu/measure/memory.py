@@ -1,10 +1,10 @@
 """What training costs in memory, predicted by formula; `memory_measured.py` measures it.
 
-Read `RECIPES` first: bytes for each number that is stored; then `kept`, the rules of what autograd keeps for the backward pass, one line
-a tensor, which can be checked by hand.
+Read `RECIPES` first: bytes for each number that is stored; then `kept`, the rules of what autograd keeps for the
+backward pass, one line a tensor, which can be checked by hand.
 
-With N = batch · length tokens, C the hidden size, F the MLP's, a LoRA saves gradients and optimizer states, but most of what is kept is
-N · C or N · F and stays: the chain rule needs it to reach the first adapter.
+With N = batch · length tokens, C the hidden size, F the MLP's, a LoRA saves gradients and optimizer states, but most of
+what is kept is N · C or N · F and stays: the chain rule needs it to reach the first adapter.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,8 +16,9 @@ GIB = 2**30
 
 
 class Recipe(NamedTuple):
-    """Bytes for each number: of a block's frozen matrices, of all else that is frozen; of what trains in full fine-tuning, its gradient, a
-    float32 copy that the optimizer keeps, one optimizer state; of an adapter's numbers (weight, gradient, state); of activations."""
+    """Bytes for each number: of a block's frozen matrices, of all else that is frozen; of what trains in full
+    fine-tuning, its gradient, a float32 copy that the optimizer keeps, one optimizer state; of an adapter's numbers
+    (weight, gradient, state); of activations."""
 
     frozen: float
     other: int
@@ -29,11 +30,14 @@ class Recipe(NamedTuple):
     activation: int
 
 
-NF4 = 4 / 8 + 4 / 64                                 # Dettmers et al. (2023), section 3: four bits, a float32 constant for each 64
-NF4_DOUBLE = 4 / 8 + 1 / 64 + 4 / (64 * 256)         # constants in eight bits, and a float32 constant for each 256 of those
+# Dettmers et al. (2023), section 3: four bits, a float32 constant for each 64
+NF4 = 4 / 8 + 4 / 64
+# constants in eight bits, and a float32 constant for each 256 of those
+NF4_DOUBLE = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 RECIPES = {
     "fp32": Recipe(4, 4, 4, 4, 0, 4, 4, 4),
-    "bf16-mixed": Recipe(2, 2, 2, 2, 4, 4, 4, 2),    # 16 bytes a number with Adam; adapters in float32, as PEFT makes them
+    # 16 bytes a number with Adam; adapters in float32, as PEFT makes them
+    "bf16-mixed": Recipe(2, 2, 2, 2, 4, 4, 4, 2),
     "16-bit": Recipe(2, 2, 2, 2, 0, 2, 2, 2),
     "nf4": Recipe(NF4, 2, 0, 0, 0, 4, 4, 2),         # adapters only: four bits do not train
     "nf4-double": Recipe(NF4_DOUBLE, 2, 0, 0, 0, 4, 4, 2),
@@ -55,80 +59,99 @@ class Kept(NamedTuple):
         return self.numbers * self.bytes_each
 
 
-def kept(sizes: Sizes, batch: int, length: int, targets=None, rank: int = 8, act: int = 4, factor: int = 4, first: bool = False
-         ) -> list[Kept]:
+def kept(sizes: Sizes, batch: int, length: int, targets=None, rank: int = 8, act: int = 4, factor: int = 4,
+         first: bool = False) -> list[Kept]:
     """What one block keeps for the backward pass, without dropout: the rules. Full fine-tuning where `targets` is None.
 
-    They hold for the course's `Llama`, for transformers' where every query head has a key head of its own (else it keeps fewer keys and
-    values), and for transformers' GPT-2 in float32; with fused attention, which keeps no matrix of scores.
+    They hold for the course's `Llama`, for transformers' where every query head has a key head of its own (else it
+    keeps fewer keys and values), and for transformers' GPT-2 in float32; with fused attention, which keeps no matrix of
+    scores.
 
     Args:
         act: bytes of an activation.
-        factor: bytes of an adapter's numbers; where they are wider than the activations, each adapted layer keeps a copy of its input.
+        factor: bytes of an adapter's numbers; where they are wider than the activations, each adapted layer keeps a
+            copy of its input.
         first: the block is the first above a frozen embedding, so nothing behind its first adapter is kept.
     """
     N, C, F, q = batch * length, sizes.hidden, sizes.wide, sizes.heads * sizes.head_dim
-    full = targets is None
-    shapes = {} if full else sizes.adapted(targets, rank)
-    attention, out, inputs, down = (("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj") if sizes.kind == "gpt2" else (
-        ("q_proj", "k_proj", "v_proj"), "o_proj", ("gate_proj", "up_proj"), "down_proj")
-    rows: list[Kept] = []
+    shapes = None if targets is None else sizes.adapted(targets, rank)
+    block, gpt2 = _Block(shapes, act, factor), sizes.kind == "gpt2"
+    attention, out, inputs, down = GPT2_PARTS if gpt2 else LLAMA_PARTS
 
-    def trains(*names: str) -> bool:
-        return full or any(name in shapes for name in names)
-
-    def keep(needed: bool, what: str, rule: str, numbers: int, each: float = act) -> None:
-        if needed:
-            rows.append(Kept(what, rule, numbers, each))
-
-    def read(names: tuple[str, ...], rule: str, numbers: int, there: bool = False) -> None:
-        """The input of linear layers: one for all of them, or a copy for each adapted one. `there`: something else keeps it already."""
-        if full or factor == act:
-            keep(trains(*names) and not there, f"input of {', '.join(names)}", rule, numbers)
-        else:
-            copies = sum(name in shapes for name in names)
-            keep(copies > 0, f"input of {', '.join(names)}, in the adapters' type", f"{copies} · {rule}", copies * numbers, factor)
-
-    def norm(which: str) -> None:
-        if sizes.kind == "gpt2":
-            keep(flows, f"{which} norm: input", "N·C", N * C)
-            keep(flows, f"{which} norm: mean, 1/deviation", "2 · N", 2 * N, 4)
-        else:                                         # computed in float32, whatever comes in
-            keep(flows, f"{which} norm: input, 1/rms", "N·C + N", N * C + N, 4)
-            keep(full, f"{which} norm: normalised", "N·C", N * C)
-
-    flows = full or not first                         # does anything before this point train?
-    norm("first")
-    read(attention, "N·C", N * C)
-    attends = flows or trains(*attention)
-    keep(attends, "attention: queries, keys, values, output", "4 · N·H·D", 4 * N * q)
-    keep(attends, "attention: log of the sum in the softmax", "N·H", N * sizes.heads, 4)
-    read((out,), "N·H·D", N * q, there=attends)
-    flows = attends or trains(out)
-    norm("second")
-    read(inputs, "N·C", N * C)
-    if sizes.kind == "gpt2":
-        keep(flows or trains(*inputs), "GELU: input, half of it, tanh, 1 + tanh", "4 · N·F", 4 * N * F)
+    flows = block.full or not first                   # does anything before this point train?
+    block.norm("first", N, C, flows, gpt2)
+    block.read(attention, "N·C", N * C)
+    attends = flows or block.trains(*attention)
+    block.keep(attends, "attention: queries, keys, values, output", "4 · N·H·D", 4 * N * q)
+    block.keep(attends, "attention: log of the sum in the softmax", "N·H", N * sizes.heads, 4)
+    block.read((out,), "N·H·D", N * q, there=attends)
+    flows = attends or block.trains(out)
+    block.norm("second", N, C, flows, gpt2)
+    block.read(inputs, "N·C", N * C)
+    if gpt2:
+        block.keep(flows or block.trains(*inputs), "GELU: input, half of it, tanh, 1 + tanh", "4 · N·F", 4 * N * F)
     else:
-        keep(flows or trains("gate_proj"), "SiLU: input, and the factor from up_proj", "2 · N·F", 2 * N * F)
-        keep(flows or trains("up_proj"), "SiLU: output", "N·F", N * F)
-    read((down,), "N·F", N * F)
-    for name, (rows_of_B, _) in shapes.items():
-        keep(True, f"adapter of {name}: x Aᵀ, and B laid out anew", "N·r + r·out", N * rank + rank * rows_of_B, factor)
-    return rows
+        block.keep(flows or block.trains("gate_proj"), "SiLU: input, and the factor from up_proj", "2 · N·F", 2 * N * F)
+        block.keep(flows or block.trains("up_proj"), "SiLU: output", "N·F", N * F)
+    block.read((down,), "N·F", N * F)
+    for name, (rows_of_B, _) in block.shapes.items():
+        block.keep(True, f"adapter of {name}: x Aᵀ, and B laid out anew", "N·r + r·out", N * rank + rank * rows_of_B,
+                   factor)
+    return block.rows
+
+
+LLAMA_PARTS = (("q_proj", "k_proj", "v_proj"), "o_proj", ("gate_proj", "up_proj"), "down_proj")
+GPT2_PARTS = (("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj")
+
+
+class _Block:
+    """The rows of one block, as `kept` writes them down; `shapes` are the adapted matrices, None where all train."""
+
+    def __init__(self, shapes: dict | None, act: int, factor: int):
+        self.full, self.shapes, self.act, self.factor = shapes is None, shapes or {}, act, factor
+        self.rows: list[Kept] = []
+
+    def trains(self, *names: str) -> bool:
+        return self.full or any(name in self.shapes for name in names)
+
+    def keep(self, needed: bool, what: str, rule: str, numbers: int, each: float | None = None) -> None:
+        if needed:
+            self.rows.append(Kept(what, rule, numbers, self.act if each is None else each))
+
+    def read(self, names: tuple[str, ...], rule: str, numbers: int, there: bool = False) -> None:
+        """The input of linear layers: one for all of them, or a copy for each adapted one.
+
+        `there`: something else keeps it already.
+        """
+        if self.full or self.factor == self.act:
+            self.keep(self.trains(*names) and not there, f"input of {', '.join(names)}", rule, numbers)
+        else:
+            copies = sum(name in self.shapes for name in names)
+            self.keep(copies > 0, f"input of {', '.join(names)}, in the adapters' type", f"{copies} · {rule}",
+                      copies * numbers, self.factor)
+
+    def norm(self, which: str, N: int, C: int, flows: bool, gpt2: bool) -> None:
+        if gpt2:
+            self.keep(flows, f"{which} norm: input", "N·C", N * C)
+            self.keep(flows, f"{which} norm: mean, 1/deviation", "2 · N", 2 * N, 4)
+        else:                                         # computed in float32, whatever comes in
+            self.keep(flows, f"{which} norm: input, 1/rms", "N·C + N", N * C + N, 4)
+            self.keep(self.full, f"{which} norm: normalised", "N·C", N * C)
 
 
 def kept_outside(sizes: Sizes, batch: int, length: int, full: bool, act: int = 4) -> list[Kept]:
     """What is kept beside the blocks: positions, the last norm, the loss."""
     N, C = batch * length, sizes.hidden
-    rows = [Kept("loss: log-probabilities", "N·V", N * sizes.vocab, 4), Kept("loss: targets", "N", N, 8), Kept("loss: count", "1", 1, 4)]
+    rows = [Kept("loss: log-probabilities", "N·V", N * sizes.vocab, 4), Kept("loss: targets", "N", N, 8),
+            Kept("loss: count", "1", 1, 4)]
     if sizes.kind == "gpt2":
         rows += [Kept("last norm: input", "N·C", N * C, act), Kept("last norm: mean, 1/deviation", "2 · N", 2 * N, 4)]
         return rows + full * [Kept("embedding: ids", "N", N, 8), Kept("embedding: positions", "T", length, 8),
                               Kept("last norm: output", "N·C", N * C, act)]
     rows += [Kept("rotary cos, sin", "2 · T·D", 2 * length * sizes.head_dim, act),
              Kept("last norm: input, 1/rms", "N·C + N", N * C + N, 4)]
-    return rows + full * [Kept("embedding: ids", "N", N, 8), Kept("last norm: normalised, output", "2 · N·C", 2 * N * C, act)]
+    return rows + full * [Kept("embedding: ids", "N", N, 8),
+                          Kept("last norm: normalised, output", "2 · N·C", 2 * N * C, act)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,7 +170,8 @@ class Bill(ShowsTables):
         return sum(self.parts.values())
 
     def rows(self) -> list[tuple[str, str, str]]:
-        return [(name, f"{value:,.0f}", f"{value / GIB:,.2f}") for name, value in (*self.parts.items(), ("total", self.total))]
+        return [(name, f"{value:,.0f}", f"{value / GIB:,.2f}")
+                for name, value in (*self.parts.items(), ("total", self.total))]
 
     def summary(self) -> str:
         return f"{self.model}: {self.parameters:,} parameters; {self.trainable:,} numbers train."
@@ -156,8 +180,8 @@ class Bill(ShowsTables):
         return [Table((self.model, "bytes", "GiB"), self.rows(), self.summary())]
 
 
-def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-linear", recipe: str = "bf16-mixed", optimizer: str = "adam",
-         batch: int = 1, length: int = 2048, checkpointing: bool = False) -> Bill:
+def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-linear", recipe: str = "bf16-mixed",
+         optimizer: str = "adam", batch: int = 1, length: int = 2048, checkpointing: bool = False) -> Bill:
     """What a training step needs, by category, from sizes alone.
 
     Args:
@@ -166,25 +190,17 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
         recipe, optimizer: keys of `RECIPES` and `OPTIMIZERS`.
         checkpointing: each block keeps its input alone and is computed again in the backward pass.
 
-    "temporary" is the larger of two moments: the logits with their gradient, and, with checkpointing, the one block that is there again.
-    "allocator" is an allowance of 5 % on what comes and goes, a guess and no prediction: a CPU's accounting does not need it.
+    "temporary" is the larger of two moments: the logits with their gradient, and, with checkpointing, the one block
+    that is there again. "allocator" is an allowance of 5 % on what comes and goes, a guess and no prediction: a CPU's
+    accounting does not need it.
 
     Raises:
-        ValueError: an unknown name, a batch or length that is no whole number above zero, a length beyond the context, a rank that does not
-            fit, full fine-tuning of four-bit weights.
+        ValueError: an unknown name, a batch or length that is no whole number above zero, a length beyond the context,
+            a rank that does not fit, full fine-tuning of four-bit weights.
     """
     sizes = model if isinstance(model, Sizes) else sizes_of(model)
-    for name, value, known in (("recipe", recipe, RECIPES), ("optimizer", optimizer, OPTIMIZERS), ("method", method, ("full", "lora"))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}.")
-    for name, value in (("batch", batch), ("length", length)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: choose a whole number, 1 or more.")
-    if length > sizes.context:
-        raise ValueError(f"length={length} does not fit: the model reads at most {sizes.context:,} tokens.")
+    _check(sizes, method, recipe, optimizer, batch, length)
     full, byte = method == "full", RECIPES[recipe]
-    if full and not byte.trained:
-        raise ValueError(f"recipe={recipe!r} stores the weights in four bits, and those do not train: choose method='lora', or another.")
     P, linear = sizes.parameters(), sizes.linear()
     trainable = P if full else sizes.adapter(targets, rank)
     states, each = OPTIMIZERS[optimizer]
@@ -192,10 +208,12 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
         "weights": P * byte.trained if full else linear * byte.frozen + (P - linear) * byte.other,
         "adapter": 0 if full else trainable * byte.adapter,
         "gradients": trainable * (byte.gradient if full else byte.adapter),
-        "optimizer states": trainable * (states * (each or (byte.state if full else byte.adapter)) + (byte.master if full else 0)),
+        "optimizer states": trainable
+        * (states * (each or (byte.state if full else byte.adapter)) + (byte.master if full else 0)),
     }
     act, N = byte.activation, batch * length
-    blocks = [kept(sizes, batch, length, None if full else targets, rank, act, byte.adapter, first) for first in (not full, False)]
+    blocks = [kept(sizes, batch, length, None if full else targets, rank, act, byte.adapter, first)
+              for first in (not full, False)]
     again = 0.0
     if checkpointing:
         again = sum(row.bytes for row in blocks[1])
@@ -207,3 +225,19 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
     parts["allocator (an allowance)"] = 0.05 * (parts["activations"] + parts["temporary"])
     name = model if isinstance(model, str) else f"a {sizes.kind} model"
     return Bill(name, P, trainable, parts, tuple(tensors))
+
+
+def _check(sizes: Sizes, method: str, recipe: str, optimizer: str, batch: int, length: int) -> None:
+    """What `bill` refuses."""
+    for name, value, known in (("recipe", recipe, RECIPES), ("optimizer", optimizer, OPTIMIZERS),
+                               ("method", method, ("full", "lora"))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}.")
+    for name, value in (("batch", batch), ("length", length)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: choose a whole number, 1 or more.")
+    if length > sizes.context:
+        raise ValueError(f"length={length} does not fit: the model reads at most {sizes.context:,} tokens.")
+    if method == "full" and not RECIPES[recipe].trained:
+        raise ValueError(f"recipe={recipe!r} stores the weights in four bits, and those do not train: choose "
+                         "method='lora', or another.")

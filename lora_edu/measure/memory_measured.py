@@ -12,7 +12,8 @@ from lora_edu.training.autograd_kept import kept_by_autograd
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes that were there: `kept` is every tensor that autograd kept, (shape, dtype, bytes), storage that is shared counted once.
+    """Bytes that were there: `kept` is every tensor that autograd kept, (shape, dtype, bytes), storage that is shared
+    counted once.
 
     `peak`: the most that was allocated on a CUDA device during the step; None elsewhere.
     """
@@ -31,12 +32,15 @@ class Measured:
     @property
     def parts(self) -> dict[str, int]:
         """Under the names of `Bill.parts`."""
-        return {"weights": self.weights, "adapter": self.adapter, "gradients": self.gradients, "optimizer states": self.states,
+        return {"weights": self.weights, "adapter": self.adapter, "gradients": self.gradients,
+                "optimizer states": self.states,
                 "activations": self.activations}
 
 
-def measure(model: nn.Module, loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer | None = None) -> Measured:
-    """Run one training step and count. The model's weights are not what is counted as kept, nor are views of what is counted already.
+def measure(model: nn.Module, loss: Callable[[], torch.Tensor],
+            optimizer: torch.optim.Optimizer | None = None) -> Measured:
+    """Run one training step and count. The model's weights are not what is counted as kept, nor are views of what is
+    counted already.
 
     Args:
         loss: computes the loss of the step, a scalar: ``lambda: loss_on(model, batch)``.
@@ -53,7 +57,8 @@ def measure(model: nn.Module, loss: Callable[[], torch.Tensor], optimizer: torch
     with kept_by_autograd() as found:
         value = loss()
     if value.ndim or not value.requires_grad:
-        raise ValueError(f"the loss has shape {tuple(value.shape)} and " + ("depends on" if value.requires_grad else "depends on nothing")
+        raise ValueError(f"the loss has shape {tuple(value.shape)} and "
+                         + ("depends on" if value.requires_grad else "depends on nothing")
                          + " that trains: return one number, of a model in which something trains.")
     kept_tensors = tuple((shape, dtype, storage.nbytes()) for pointer, (storage, shape, dtype) in found.items()
                          if pointer not in own)
@@ -72,9 +77,11 @@ def measure(model: nn.Module, loss: Callable[[], torch.Tensor], optimizer: torch
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Gradient checkpointing for the course's `Llama`: each block keeps its input, and is computed again in the backward pass.
+    """Gradient checkpointing for the course's `Llama`: each block keeps its input, and is computed again in the
+    backward pass.
 
-    The gradients stay the same, bit for bit; models of transformers have a method for it. Source: Chen et al. (2016), arXiv:1604.06174.
+    The gradients stay the same, bit for bit; models of transformers have a method for it. Source: Chen et al. (2016),
+    arXiv:1604.06174.
     """
     for block in model.model["layers"]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,6 +1,7 @@
 """The operators that a forward pass runs, and how many matrix products stand in its longest chain.
 
-Times vary; operators do not. What a variant runs beyond the base is the cause of what it costs, and that is what can be claimed.
+Times vary; operators do not. What a variant runs beyond the base is the cause of what it costs, and that is what can be
+claimed.
 """
 import os
 import warnings
@@ -20,7 +21,8 @@ def operators(model: nn.Module, ids: torch.Tensor) -> list[str]:
 
     An operator that calls others stands before them. The list is the same in every run.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")     # or the profiler (torch 2.13) writes two dated lines to stderr, into a notebook too
+    # or the profiler (torch 2.13) writes two dated lines to stderr, into a notebook too
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     model(ids)                                         # what only a first call does is left out
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning: Profiler clears events")     # torch 2.11 says so at every use
@@ -38,14 +40,15 @@ def matrix_products(names: list[str]) -> int:
 def chained_products(model: nn.Module, ids: torch.Tensor) -> int:
     """How many matrix products stand in the longest chain in which each needs the one before it: the depth of the work.
 
-    Read off the graph that autograd would walk back, of a copy in which all weights train. Products that need nothing of each other
-    (queries, keys and values) count once, those inside fused attention not at all.
+    Read off the graph that autograd would walk back, of a copy in which all weights train. Products that need nothing
+    of each other (queries, keys and values) count once, those inside fused attention not at all.
     """
     twin = share_weights(model).requires_grad_(True)
     with torch.enable_grad():
         end = twin(ids).grad_fn
     depth, open_nodes = {None: 0}, [end]
-    while open_nodes:                                  # no recursion: the graph of a deep model is deeper than Python's stack
+    # no recursion: the graph of a deep model is deeper than Python's stack
+    while open_nodes:
         node = open_nodes[-1]
         before = [each for each, _ in node.next_functions]
         if missing := [each for each in before if each not in depth]:

@@ -1,7 +1,7 @@
 """A teacher whose update has a rank that we chose: the one experiment on rank whose right answer is known beforehand.
 
-The teacher is the base with a random rank-k update in one matrix. A student, the base with LoRA on that matrix, learns to
-give the teacher's probabilities for the next token. Below rank k it cannot; from k on it can.
+The teacher is the base with a random rank-k update in one matrix. A student, the base with LoRA on that matrix, learns
+to give the teacher's probabilities for the next token. Below rank k it cannot; from k on it can.
 """
 from collections.abc import Iterator
 
@@ -14,7 +14,8 @@ from lora_edu.training.corpora import Batch
 
 
 def plant(model: nn.Module, name: str, rank: int, seed: int = 0) -> nn.Module:
-    """A copy of the model whose matrix `name` has a random update of this rank, as large as the matrix (Frobenius norm).
+    """A copy of the model whose matrix `name` has a random update of this rank, as large as the matrix (Frobenius
+    norm).
 
     The other weights are shared. Raises ValueError for a rank the matrix cannot have.
     """
@@ -36,8 +37,11 @@ def told(teacher: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(teacher(ids), -1)
 
 
-def lessons(teachers: list[nn.Module], ids: torch.Tensor, steps: int, students: int, rows: int = 4, seed: int = 0) -> Iterator[Batch]:
-    """`steps` batches for `LoRAStack`: rows of `ids` (N, T), drawn anew at each step, for `students` students of each teacher in turn."""
+def lessons(teachers: list[nn.Module], ids: torch.Tensor, steps: int, students: int, rows: int = 4,
+            seed: int = 0) -> Iterator[Batch]:
+    """`steps` batches for `LoRAStack`: rows of `ids` (N, T), drawn anew at each step, for `students` students of
+    each teacher in turn.
+    """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         drawn = ids[torch.randint(len(ids), (rows,), generator=generator)]
@@ -46,7 +50,8 @@ def lessons(teachers: list[nn.Module], ids: torch.Tensor, steps: int, students: 
 
 
 def divergences(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kullback-Leibler divergence from teacher to student in nats, summed over each group of rows, and the tokens in it.
+    """Kullback-Leibler divergence from teacher to student in nats, summed over each group of rows, and the tokens in
+    it.
 
     Takes (ids, the teacher's log-probabilities); a `losses_of` for `train_stack`. 0 is a perfect student.
     """
@@ -56,7 +61,8 @@ def divergences(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tens
 
 
 @torch.no_grad()
-def heldout_divergence(model: nn.Module, teachers: list[nn.Module], ids: torch.Tensor, students: int = 1) -> list[float]:
+def heldout_divergence(model: nn.Module, teachers: list[nn.Module], ids: torch.Tensor,
+                       students: int = 1) -> list[float]:
     """Divergence of every student in nats per token on texts it has not seen; students in the order of `lessons`."""
     was_training = model.training
     model.eval()

@@ -1,11 +1,12 @@
 """The singular values of an update, what they say, and what they would be by chance.
 
-`spectrum` measures, `gaussian_like` and `sign_flipped` make matrices of chance to compare with, `truncate` gives the model that
-keeps the best rank-r part of each update: energy says how much of ΔW is there, only the model says how much of the learning.
+`spectrum` measures, `gaussian_like` and `sign_flipped` make matrices of chance to compare with, `truncate` gives the
+model that keeps the best rank-r part of each update: energy says how much of ΔW is there, only the model says how much
+of the learning.
 
-Sources: Eckart and Young (1936) for the best rank-r part; Marchenko and Pastur (1967) for the singular values of noise; Gavish
-and Donoho (2014), arXiv:1305.5870, for its size from the median; Roy and Vetterli (2007) for the effective rank, there of the
-shares of the singular values, here of the energy.
+Sources: Eckart and Young (1936) for the best rank-r part; Marchenko and Pastur (1967) for the singular values of noise;
+Gavish and Donoho (2014), arXiv:1305.5870, for its size from the median; Roy and Vetterli (2007) for the effective rank,
+there of the shares of the singular values, here of the energy.
 """
 import copy
 import functools
@@ -22,7 +23,8 @@ from lora_edu.lora.layer import is_conv1d
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values and what follows from them; every figure has the leading dimensions of `values` and is on the CPU, in float64.
+    """Singular values and what follows from them; every figure has the leading dimensions of `values` and is on the
+    CPU, in float64.
 
     Attributes:
         values: (..., k) in falling order, k = min(out_features, in_features), in the units of the matrix.
@@ -37,7 +39,9 @@ class Spectrum:
         return self.values.detach().cpu().double()      # Apple's GPUs have no float64
 
     def energy_kept(self) -> torch.Tensor:
-        """Share of the squared Frobenius norm in the first 0, 1, ..., k directions, (..., k + 1), no unit. 1 throughout for zeros."""
+        """Share of the squared Frobenius norm in the first 0, 1, ..., k directions, (..., k + 1), no unit. 1
+        throughout for zeros.
+        """
         kept = torch.nn.functional.pad(self.exact.square().cumsum(-1), (1, 0))
         total = kept[..., -1:]
         return torch.where(total > 0, kept / total.clamp_min(torch.finfo(torch.float64).tiny), torch.ones_like(kept))
@@ -46,7 +50,8 @@ class Spectrum:
         """The smallest rank whose best approximation keeps at least this share of the energy."""
         if not 0 < share <= 1:
             raise ValueError(f"share={share} is not a share of the energy: choose 0 < share <= 1, for example 0.9.")
-        return (self.energy_kept() < share - 1e-12).sum(-1)       # 1e-12: the last sum may be a rounding error short of 1
+        # 1e-12: the last sum may be a rounding error short of 1
+        return (self.energy_kept() < share - 1e-12).sum(-1)
 
     def effective_rank(self) -> torch.Tensor:
         """exp of the entropy of the energy's shares: k for k equal singular values, 1 for a single one, 0 for zeros."""
@@ -54,23 +59,31 @@ class Spectrum:
         return torch.where(self.exact[..., 0] > 0, torch.special.entr(shares).sum(-1).exp(), 0.0)
 
     def stable_rank(self) -> torch.Tensor:
-        """Squared Frobenius norm over squared largest singular value: at most the rank, and small changes move it little."""
+        """Squared Frobenius norm over squared largest singular value: at most the rank, and small changes move it
+        little.
+        """
         squares = self.exact.square()
-        return torch.where(squares[..., 0] > 0, squares.sum(-1) / squares[..., 0].clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        return torch.where(squares[..., 0] > 0,
+                           squares.sum(-1) / squares[..., 0].clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
     def noise_std(self) -> torch.Tensor:
         """Standard deviation of the entries of the white noise whose median singular value is this one's.
 
         The median and not the standard deviation of all entries: a few large directions do not move it.
         """
-        return self.exact.median(-1).values / math.sqrt(max(self.shape) * median_eigenvalue(min(self.shape) / max(self.shape)))
+        return self.exact.median(-1).values / math.sqrt(max(self.shape)
+                                                        * median_eigenvalue(min(self.shape) / max(self.shape)))
 
     def noise_edge(self) -> torch.Tensor:
-        """Where the singular values of that noise end: std (sqrt(out) + sqrt(in)), the upper edge of the Marchenko-Pastur law."""
+        """Where the singular values of that noise end: std (sqrt(out) + sqrt(in)), the upper edge of the Marchenko-
+        Pastur law.
+        """
         return self.noise_std() * sum(math.sqrt(side) for side in self.shape)
 
     def above_edge(self) -> torch.Tensor:
-        """How many singular values lie above the edge: "not white noise", which is not the same as "what was learned"."""
+        """How many singular values lie above the edge: "not white noise", which is not the same as "what was
+        learned".
+        """
         return (self.exact > self.noise_edge()[..., None]).sum(-1)
 
 
@@ -83,10 +96,11 @@ def spectrum(matrix: torch.Tensor) -> Spectrum:
         ValueError: fewer than two dimensions, a side of length 0, NaN or infinity.
     """
     if matrix.ndim < 2 or 0 in matrix.shape:
-        raise ValueError(f"a tensor of shape {tuple(matrix.shape)} is no matrix: give (out_features, in_features), or a stack of them.")
+        raise ValueError(f"a tensor of shape {tuple(matrix.shape)} is no matrix: give (out_features, in_features), or "
+                         "a stack of them.")
     if not matrix.isfinite().all():
-        raise ValueError(f"the matrix of shape {tuple(matrix.shape)} has NaN or infinity in it: it has no singular values. "
-                         "Look for the training step at which the loss stopped being a number.")
+        raise ValueError(f"the matrix of shape {tuple(matrix.shape)} has NaN or infinity in it: it has no singular "
+                         "values. Look for the training step at which the loss stopped being a number.")
     values = torch.linalg.svdvals(matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)))
     return Spectrum(values, tuple(matrix.shape[-2:]))
 
@@ -104,7 +118,8 @@ def median_eigenvalue(ratio: float, points: int = 20_001) -> float:
 
 
 def marchenko_pastur(values, shape: tuple[int, int], std: float) -> np.ndarray:
-    """Density at `values` of the singular values of an (out, in) matrix of independent entries with this standard deviation.
+    """Density at `values` of the singular values of an (out, in) matrix of independent entries with this standard
+    deviation.
 
     The law of large matrices: at 256 x 256 the histogram follows it to a few per cent. Its area is 1.
     """
@@ -116,14 +131,18 @@ def marchenko_pastur(values, shape: tuple[int, int], std: float) -> np.ndarray:
 
 
 def gaussian_like(matrix: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """White noise of the matrix's shape, type, device and Frobenius norm; a stack of matrices: each with its own norm."""
+    """White noise of the matrix's shape, type, device and Frobenius norm; a stack of matrices: each with its own
+    norm.
+    """
     noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(matrix)
     norms = (torch.linalg.matrix_norm(m, keepdim=True) for m in (matrix, noise))
     return noise * next(norms) / next(norms)
 
 
 def sign_flipped(matrix: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """The matrix with the sign of each entry drawn anew: every size stays in its place, so rows and columns keep their norms."""
+    """The matrix with the sign of each entry drawn anew: every size stays in its place, so rows and columns keep
+    their norms.
+    """
     coins = torch.randint(0, 2, matrix.shape, generator=torch.Generator().manual_seed(seed))
     return matrix * (2 * coins - 1).to(matrix)
 
@@ -143,7 +162,9 @@ class Factors:
 
 def factor(deltas: Deltas) -> Factors:
     """All singular vectors of all updates, held in memory: for models that fit there three times over."""
-    return Factors(deltas, {name: (weight.clone(), *torch.linalg.svd(delta, full_matrices=False)) for name, weight, delta in deltas})
+    return Factors(deltas,
+                   {name: (weight.clone(), *torch.linalg.svd(delta, full_matrices=False)) for name, weight,
+                    delta in deltas})
 
 
 def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str) -> nn.Module:
@@ -156,14 +177,16 @@ def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str
         rest: whose biases, norms and embeddings: "base" or "tuned". There is no default, because it changes the answer.
     """
     if rest not in ("base", "tuned"):
-        raise ValueError(f"rest={rest!r}: choose 'base' or 'tuned', whose biases, norms and embeddings the model shall have.")
+        raise ValueError(f"rest={rest!r}: choose 'base' or 'tuned', whose biases, norms and embeddings the model shall "
+                         "have.")
     if not isinstance(rank, int) or rank < 0:
         raise ValueError(f"rank={rank!r} is not a number of directions to keep: choose a whole number from 0.")
     factors = deltas if isinstance(deltas, Factors) else factor(deltas)
     side, cut = getattr(factors.deltas, rest), copy.deepcopy(model)
     with torch.no_grad():
         for name, place in cut.state_dict(keep_vars=True).items():
-            module = name.removesuffix(".weight")          # a matrix that is no layer's weight (an LSTM's) keeps its whole name
+            # a matrix that is no layer's weight (an LSTM's) keeps its whole name
+            module = name.removesuffix(".weight")
             if module in factors.parts:
                 W0, U, S, Vh = factors.parts[module]
                 weight = W0 + (U[:, :rank] * S[:rank]) @ Vh[:rank]

@@ -1,7 +1,9 @@
 """How long a forward pass takes: several variants of a model timed side by side.
 
-Times vary from run to run and from machine to machine. So the variants take turns in one process, in a new order each round, and what
-is compared is a ratio of two times of the same round: a machine that slows down slows both. Read `interleaved`, then `Times.ratio`.
+Times vary from run to run and from machine to machine. So the variants take turns in one process, in a new order each
+round, and what
+is compared is a ratio of two times of the same round: a machine that slows down slows both. Read `interleaved`, then
+`Times.ratio`.
 """
 import time
 from collections.abc import Callable
@@ -21,14 +23,17 @@ class Ratio:
     high: float
 
     def text(self, widest: float = 0.1) -> str:
-        """Such as "1.03 (1.02 to 1.04)"; where the interval is wider than the share `widest` of the value: "too noisy (0.91 to 1.30)"."""
+        """Such as "1.03 (1.02 to 1.04)"; where the interval is wider than the share `widest` of the value: "too
+        noisy (0.91 to 1.30)".
+        """
         interval = f"({self.low:.2f} to {self.high:.2f})"
         return f"too noisy {interval}" if self.high - self.low > widest * self.value else f"{self.value:.2f} {interval}"
 
 
 @dataclass(frozen=True)
 class Times:
-    """`seconds`: variant -> one time a round. Medians, because a pause of the machine makes a few calls very long and none short.
+    """`seconds`: variant -> one time a round. Medians, because a pause of the machine makes a few calls very long and
+    none short.
 
     Raises:
         ValueError: no variants, rounds that do not match, or a time that is not a positive number.
@@ -39,11 +44,13 @@ class Times:
     def __post_init__(self):
         counts = {name: len(times) for name, times in self.seconds.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise ValueError(f"times of {counts or 'no variant'} rounds: give at least one variant, and each of them one time a round.")
+            raise ValueError(f"times of {counts or 'no variant'} rounds: give at least one variant, and each of them "
+                             "one time a round.")
         for name, times in self.seconds.items():
             wrong = times[~(np.isfinite(times) & (times > 0))]
             if wrong.size:
-                raise ValueError(f"a time of {name!r} is {wrong[0]} seconds, and times are finite and above zero: measure again.")
+                raise ValueError(f"a time of {name!r} is {wrong[0]} seconds, and times are finite and above zero: "
+                                 "measure again.")
 
     def of(self, name: str) -> np.ndarray:
         if name not in self.seconds:
@@ -59,10 +66,11 @@ class Times:
         return tuple(np.quantile(self.of(name), [0.25, 0.75]).tolist())
 
     def ratio(self, name: str, to: str) -> Ratio:
-        """Median over the rounds of `name` / `to`, paired: both times of one round, so that what slows the machine cancels.
+        """Median over the rounds of `name` / `to`, paired: both times of one round, so that what slows the machine
+        cancels.
 
-        The interval is a bootstrap over rounds (2 000 draws, 2.5 to 97.5 %): where the median would lie if this machine, today,
-        were asked again. It says nothing about other machines.
+        The interval is a bootstrap over rounds (2 000 draws, 2.5 to 97.5 %): where the median would lie if this
+        machine, today, were asked again. It says nothing about other machines.
         """
         ratios = self.of(name) / self.of(to)
         draws = np.random.default_rng(0).integers(len(ratios), size=(2000, len(ratios)))
@@ -70,7 +78,10 @@ class Times:
 
 
 def seconds_for(call: Callable[[], object]) -> float:
-    """Seconds of one call. A GPU works on after the call has returned: there its own events are the clock, and it is waited for."""
+    """Seconds of one call.
+
+    A GPU works on after the call has returned: there its own events are the clock, and it is waited for.
+    """
     if torch.cuda.is_initialized():
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -87,7 +98,8 @@ def seconds_for(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warmup: int = 2, threads: int | None = None) -> Times:
+def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warmup: int = 2,
+                threads: int | None = None) -> Times:
     """Time all variants once a round, in an order that a seed shuffles anew each round; no gradients.
 
     Args:
@@ -122,7 +134,8 @@ def prefill(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def decode(model: nn.Module, ids: torch.Tensor, tokens: int) -> Callable[[], torch.Tensor]:
-    """What to time: after ids (B, T) and the token that follows, `tokens` more, one by one, the likeliest each -> (B, tokens).
+    """What to time: after ids (B, T) and the token that follows, `tokens` more, one by one, the likeliest each -> (B,
+    tokens).
 
     A `Llama` has read ids beforehand; every call goes on from the same cache.
     """
@@ -132,7 +145,8 @@ def decode(model: nn.Module, ids: torch.Tensor, tokens: int) -> Callable[[], tor
 
     def write() -> torch.Tensor:
         cache, said = model.new_cache(), [first]
-        cache.pairs = list(read.pairs)              # a shallow copy is enough: `KVCache.extend` puts new tensors in the list
+        # a shallow copy is enough: `KVCache.extend` puts new tensors in the list
+        cache.pairs = list(read.pairs)
         for _ in range(tokens):
             said.append(model(said[-1], cache)[:, -1:].argmax(-1))
         return torch.cat(said[1:], dim=1)

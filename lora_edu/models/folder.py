@@ -21,7 +21,8 @@ def read_config(path: str | Path) -> dict:
     """The fields of `LlamaConfig` out of a folder's config.json. Raises ValueError for what is not supported."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no config.json: give the folder of a LLaMA model in Hugging Face's format.")
+        raise FileNotFoundError(f"{path} has no config.json: give the folder of a LLaMA model in Hugging Face's "
+                                "format.")
     raw = read_json(file, "the config.json of a LLaMA model")
     refuse_unsupported(raw, file)
     missing = [key for key in SIZES if key not in raw]
@@ -50,8 +51,8 @@ def refuse_unsupported(raw: Mapping, file: Path) -> None:
         (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r} (only 'silu')"),
     ] if wrong]
     if found:
-        raise ValueError(f"{file} asks for what this LLaMA does not have: {', '.join(found)}. "
-                         "Load it with transformers instead; apply_lora takes that model too.")
+        raise ValueError(f"{file} asks for what this LLaMA does not have: {', '.join(found)}. Load it with "
+                         "transformers instead; apply_lora takes that model too.")
 
 
 def read_tensors(path: str | Path, wanted: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
@@ -63,8 +64,8 @@ def read_tensors(path: str | Path, wanted: Mapping[str, torch.Size]) -> dict[str
     extra = [n for n in where if n not in wanted and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
     missing = [n for n in wanted if n not in where]
     if missing or extra:
-        raise ValueError(f"the tensors of {path} do not fit its config: missing {missing[:3] or 'none'}, "
-                         f"not expected {extra[:3] or 'none'}.")
+        raise ValueError(f"the tensors of {path} do not fit its config: missing {missing[:3] or 'none'}, not expected "
+                         f"{extra[:3] or 'none'}.")
     found = {}
     for file in sorted(set(where.values())):
         if not file.is_file():
@@ -83,7 +84,8 @@ def read_tensors(path: str | Path, wanted: Mapping[str, torch.Size]) -> dict[str
 def write(path: str | Path, config, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write both files, or none."""
     dtype = next(iter(tensors.values())).dtype
-    about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+    about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+             "attention_bias": False,
              "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": str(dtype).removeprefix("torch.")}
     whole = {name: t.contiguous() for name, t in tensors.items()}
     text = json.dumps(about | asdict(config), indent=2) + "\n"

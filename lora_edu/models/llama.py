@@ -38,10 +38,11 @@ class LlamaConfig:
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads "
-                             "evenly: choose num_key_value_heads that divides num_attention_heads.")
+            raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
+                             "key/value heads evenly: choose num_key_value_heads that divides num_attention_heads.")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn channels in pairs: choose an even one.")
+            raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn channels in pairs: choose an "
+                             "even one.")
 
 
 class KVCache:
@@ -106,7 +107,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.D).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
+        # (B, H, T, D)
+        q, k, v = (p(x).view(B, T, -1, self.D).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         past = 0
         if cache is not None:
@@ -157,7 +159,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict({       # named as Hugging Face names it, so that `model.layers.0…` means the same there
+        # named as Hugging Face names it, so that `model.layers.0…` means the same there
+        self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
@@ -165,14 +168,17 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                shrink = (2 * config.num_hidden_layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                shrink = (2
+                          * config.num_hidden_layers) ** 0.5 if name.endswith(("o_proj.weight",
+                                                                               "down_proj.weight")) else 1.0
                 nn.init.normal_(parameter, std=0.02 / shrink)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         if ids.ndim != 2:
-            raise ValueError(f"ids of shape {tuple(ids.shape)}: the model reads (batch, time); use ids[None] for one text.")
+            raise ValueError(f"ids of shape {tuple(ids.shape)}: the model reads (batch, time); use ids[None] for one "
+                             "text.")
         past = cache.length if cache is not None else 0
         limit = self.config.max_position_embeddings
         if past + ids.shape[1] > limit:

@@ -54,6 +54,7 @@ def load_from_hub(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise RuntimeError(f"{name!r} is neither 'fable' nor a folder, and the hub did not give it: check the spelling and the "
-                           f"network, or download it and pass the folder ({str(error).splitlines()[0]})") from error
+        raise RuntimeError(f"{name!r} is neither 'fable' nor a folder, and the hub did not give it: check the spelling "
+                           "and the network, or download it and pass the folder "
+                           f"({str(error).splitlines()[0]})") from error
     return model.eval(), tokenizer.backend_tokenizer

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 
-def pick(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> torch.Tensor:
+def pick(logits: torch.Tensor, temperature: float, top_k: int | None,
+         generator: torch.Generator | None) -> torch.Tensor:
     """The next token of each row: logits (B, vocab) -> ids (B,). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -23,17 +24,19 @@ def check(model, ids: torch.Tensor, max_new_tokens: int, temperature: float, top
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids of shape {tuple(ids.shape)}: a prompt is (batch, time) with at least one token.")
     if ids.shape[1] + max_new_tokens > limit:
-        raise ValueError(f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit a context of {limit}: "
-                         f"ask for at most {max(limit - ids.shape[1], 0)} new tokens.")
+        raise ValueError(f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit a context of "
+                         f"{limit}: ask for at most {max(limit - ids.shape[1], 0)} new tokens.")
     if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: choose 0 (the likeliest token) or a positive number (1: as the model says).")
+        raise ValueError(f"temperature={temperature}: choose 0 (the likeliest token) or a positive number (1: as the "
+                         "model says).")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: choose at least 1, or None for the whole vocabulary.")
 
 
 def stream(self, ids: torch.Tensor, max_new_tokens: int = 100, temperature: float = 1.0, top_k: int | None = None,
            seed: int | None = None, stop_token: int | None = None, use_cache: bool = True) -> Iterator[torch.Tensor]:
-    """Yield the next token of every row, a LongTensor (B,), until all rows have said `stop_token` or the number is reached.
+    """Yield the next token of every row, a LongTensor (B,), until all rows have said `stop_token` or the number is
+    reached.
 
     Args:
         ids: the prompts (B, T), all of one length.

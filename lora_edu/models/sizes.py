@@ -1,6 +1,7 @@
 """Sizes of well-known models, and how many parameters they make: what can be counted without a single weight.
 
-Sources: the models' public config.json files; Brown et al. (2020), "Language Models are Few-Shot Learners", table 2.1, for GPT-3.
+Sources: the models' public config.json files; Brown et al. (2020), "Language Models are Few-Shot Learners", table 2.1,
+for GPT-3.
 """
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,8 +13,8 @@ from lora_edu.models.llama import LlamaConfig
 
 @dataclass(frozen=True)
 class Sizes:
-    """A transformer in numbers. `kind` is "llama" (RMSNorm, SwiGLU, rotary positions, no biases) or "gpt2" (LayerNorm, a two-layer MLP,
-    learned positions, biases everywhere, tied embedding).
+    """A transformer in numbers. `kind` is "llama" (RMSNorm, SwiGLU, rotary positions, no biases) or "gpt2" (LayerNorm,
+    a two-layer MLP, learned positions, biases everywhere, tied embedding).
 
     Raises:
         ValueError: an unknown kind, a size that is not a positive whole number, heads that do not share evenly.
@@ -32,8 +33,8 @@ class Sizes:
 
     def __post_init__(self):
         if self.kind not in ("llama", "gpt2"):
-            raise ValueError(f"an architecture {self.kind!r} cannot be counted here: give a config.json with model_type 'llama' or 'gpt2', "
-                             f"or one of the presets: {', '.join(PRESETS)}.")
+            raise ValueError(f"an architecture {self.kind!r} cannot be counted here: give a config.json with "
+                             f"model_type 'llama' or 'gpt2', or one of the presets: {', '.join(PRESETS)}.")
         for name in ("vocab", "hidden", "wide", "layers", "heads", "kv_heads", "context", "head_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -46,7 +47,8 @@ class Sizes:
         C, F, q, kv = self.hidden, self.wide, self.heads * self.head_dim, self.kv_heads * self.head_dim
         if self.kind == "gpt2":
             return {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (F, C), "mlp.c_proj": (C, F)}
-        return {"q_proj": (q, C), "k_proj": (kv, C), "v_proj": (kv, C), "o_proj": (C, q), "gate_proj": (F, C), "up_proj": (F, C),
+        return {"q_proj": (q, C), "k_proj": (kv, C), "v_proj": (kv, C), "o_proj": (C, q), "gate_proj": (F, C),
+                "up_proj": (F, C),
                 "down_proj": (C, F)}
 
     def linear(self) -> int:
@@ -66,7 +68,8 @@ class Sizes:
         return self.layers * sum(rank * (rows + columns) for rows, columns in self.adapted(targets, rank).values())
 
     def adapted(self, targets: tuple[str, ...] | str, rank: int) -> dict[str, tuple[int, int]]:
-        """The matrices of a block that the targets name, by their endings as in `apply_lora`; "all-linear" is all of them.
+        """The matrices of a block that the targets name, by their endings as in `apply_lora`; "all-linear" is all of
+        them.
 
         Raises:
             ValueError: a target that names none, or a rank that does not fit the smallest.
@@ -75,33 +78,40 @@ class Sizes:
         if not targets:
             raise ValueError(f"no target is given: choose from {', '.join(named)}, or 'all-linear'.")
         chosen = named if targets == "all-linear" else {name: shape for name, shape in named.items()
-                                                        if any(("." + name).endswith("." + target) for target in targets)}
+                                                        if any(("." + name).endswith("." + target)
+                                                               for target in targets)}
         if targets != "all-linear":
             for target in targets:
                 if not any(("." + name).endswith("." + target) for name in named):
                     raise ValueError(f"no matrix is named {target!r}: choose from {', '.join(named)}, or 'all-linear'.")
         largest = min(min(shape) for shape in chosen.values())
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
-            raise ValueError(f"rank={rank!r} does not fit: choose a whole number, 1 <= rank <= {largest}, the smallest side of a target.")
+            raise ValueError(f"rank={rank!r} does not fit: choose a whole number, 1 <= rank <= {largest}, the smallest "
+                             "side of a target.")
         return chosen
 
     def llama_config(self) -> LlamaConfig:
         """What `Llama` is built from. Raises ValueError for another architecture."""
         if self.kind != "llama":
             raise ValueError(f"a {self.kind} is counted here and not built: load it with transformers.")
-        return LlamaConfig(self.vocab, self.hidden, self.wide, self.layers, self.heads, self.kv_heads, self.context, self.head_dim,
+        return LlamaConfig(self.vocab, self.hidden, self.wide, self.layers, self.heads, self.kv_heads, self.context,
+                           self.head_dim,
                            tie_word_embeddings=self.tied)
 
     @classmethod
     def from_config(cls, config: dict) -> "Sizes":
-        """From the entries of a config.json. Raises ValueError for another architecture, or a size that it does not say."""
+        """From the entries of a config.json.
+
+        Raises ValueError for another architecture, or a size that it does not say.
+        """
         kind = config.get("model_type")
         if kind not in ("llama", "gpt2"):
             cls(kind, 1, 1, 1, 1, 1, 1, 1, 1)                            # says what can be counted
         keys = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions") if kind == "gpt2" else (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         if missing := [key for key in keys if key not in config]:
-            raise ValueError(f"the config does not say {', '.join(missing)}: it is not the whole config of a {kind} model.")
+            raise ValueError(f"the config does not say {', '.join(missing)}: it is not the whole config of a {kind} "
+                             "model.")
         if kind == "gpt2":
             vocab, C, layers, heads, context = (config[key] for key in keys)
             return cls(kind, vocab, C, config.get("n_inner") or 4 * C, layers, heads, heads, context, C // heads, True)
@@ -115,17 +125,20 @@ def _gpt2(hidden: int, layers: int, heads: int, context: int = 1024) -> Sizes:
     return Sizes("gpt2", 50257, hidden, 4 * hidden, layers, heads, heads, context, hidden // heads, True)
 
 
-def _llama(vocab: int, hidden: int, wide: int, layers: int, heads: int, kv_heads: int, context: int, tied: bool = False) -> Sizes:
+def _llama(vocab: int, hidden: int, wide: int, layers: int, heads: int, kv_heads: int, context: int,
+           tied: bool = False) -> Sizes:
     return Sizes("llama", vocab, hidden, wide, layers, heads, kv_heads, context, hidden // heads, tied)
 
 
 PRESETS = {
     "fable": _llama(2048, 256, 688, 4, 8, 8, 512, True),
     "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, 8192, True),
-    "gpt2": _gpt2(768, 12, 12), "gpt2-medium": _gpt2(1024, 24, 16), "gpt2-large": _gpt2(1280, 36, 20), "gpt2-xl": _gpt2(1600, 48, 25),
+    "gpt2": _gpt2(768, 12, 12), "gpt2-medium": _gpt2(1024, 24, 16), "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
     "llama-7b": _llama(32000, 4096, 11008, 32, 32, 32, 2048), "llama-13b": _llama(32000, 5120, 13824, 40, 40, 40, 2048),
     "llama-65b": _llama(32000, 8192, 22016, 80, 64, 64, 2048),
-    "llama-3.1-8b": _llama(128256, 4096, 14336, 32, 32, 8, 131072), "llama-3.1-70b": _llama(128256, 8192, 28672, 80, 64, 8, 131072),
+    "llama-3.1-8b": _llama(128256, 4096, 14336, 32, 32, 8, 131072),
+    "llama-3.1-70b": _llama(128256, 8192, 28672, 80, 64, 8, 131072),
     "gpt3-175b": _gpt2(12288, 96, 96, 2048),
 }
 
@@ -146,8 +159,10 @@ def sizes_of(name: str | Path) -> Sizes:
     if not file.is_file():
         if not HUB_NAME.fullmatch(str(name)) or path.suffix == ".json":
             near = get_close_matches(str(name).lower(), PRESETS, n=1)
-            raise ValueError(f"{str(name)!r} is no preset and no file" + (f"; did you mean {near[0]!r}?" if near else "") +
-                             f" Choose one of {', '.join(PRESETS)}, a config.json, or a name on the hub such as owner/name.")
+            raise ValueError(f"{str(name)!r} is no preset and no file"
+                             + (f"; did you mean {near[0]!r}?" if near else "") +
+                             f" Choose one of {', '.join(PRESETS)}, a config.json, or a name on the hub such as "
+                             "owner/name.")
         file = from_hub(str(name), ["config.json"]) / "config.json"
         if not file.is_file():
             raise RuntimeError(f"{str(name)!r} has no config.json on the hub: give the name of a model.")

@@ -1,6 +1,8 @@
-"""Bottleneck adapters: two small layers in sequence behind a frozen one. Read `BottleneckAdapter.forward`: it makes the model deeper.
+"""Bottleneck adapters: two small layers in sequence behind a frozen one. Read `BottleneckAdapter.forward`: it makes the
+model deeper.
 
-Sources: Houlsby et al. (2019), arXiv:1902.00751; Lin et al. (2020), arXiv:2004.03829; Pfeiffer et al. (2021), arXiv:2005.00247.
+Sources: Houlsby et al. (2019), arXiv:1902.00751; Lin et al. (2020), arXiv:2004.03829; Pfeiffer et al. (2021),
+arXiv:2005.00247.
 """
 import torch
 from torch import nn
@@ -9,13 +11,15 @@ from torch.nn import functional as F
 from lora_edu.lora.inject import replace
 from lora_edu.rivals.rival import Rival, refuse_adapted, trainable
 
-PLACES = {"houlsby": ("o_proj", "down_proj"), "lin": ("down_proj",)}     # the layers that write into the residual stream
+# the layers that write into the residual stream
+PLACES = {"houlsby": ("o_proj", "down_proj"), "lin": ("down_proj",)}
 
 
 class BottleneckAdapter(Rival):
     """``y = h + up(gelu(down(h)))`` with ``h = base_layer(x)``: two small layers in sequence behind a frozen one.
 
-    `up` starts at zero, so a new adapter is the identity, bit for bit (Houlsby et al., section 2.1, ask for nearly that).
+    `up` starts at zero, so a new adapter is the identity, bit for bit (Houlsby et al., section 2.1, ask for nearly
+    that).
 
     Shapes: down (r, d) and up (d, r), both with a bias: 2dr + r + d numbers; h and y (..., d).
     """
@@ -38,14 +42,16 @@ def apply_adapters(model: nn.Module, bottleneck: int, kind: str = "houlsby") -> 
 
     Args:
         bottleneck: r, the width of the narrow place.
-        kind: "houlsby": two a block, behind attention and behind the MLP. "lin": one, behind the MLP (Pfeiffer's, in a model that
-            norms first as a LLaMA does).
+        kind: "houlsby": two a block, behind attention and behind the MLP. "lin": one, behind the MLP (Pfeiffer's, in a
+            model that norms first as a LLaMA does).
 
     Returns:
-        What trains: 2dr + r + d numbers an adapter, d being hidden_size. The papers train the norms as well; here they stay frozen.
+        What trains: 2dr + r + d numbers an adapter, d being hidden_size. The papers train the norms as well; here they
+            stay frozen.
 
     Raises:
-        ValueError: a bottleneck under 1, a kind that is neither, a model without such layers, or one that is adapted already.
+        ValueError: a bottleneck under 1, a kind that is neither, a model without such layers, or one that is adapted
+            already.
     """
     refuse_adapted(model)
     if bottleneck < 1:
@@ -55,8 +61,8 @@ def apply_adapters(model: nn.Module, bottleneck: int, kind: str = "houlsby") -> 
     places = [name for name, module in model.named_modules()
               if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PLACES[kind]]
     if not places:
-        raise ValueError(f"this {type(model).__name__} has no linear layer called {' or '.join(PLACES[kind])}, and adapters go behind "
-                         "these: give a LLaMA.")
+        raise ValueError(f"this {type(model).__name__} has no linear layer called {' or '.join(PLACES[kind])}, and "
+                         "adapters go behind these: give a LLaMA.")
     model.requires_grad_(False)
     for name in places:
         replace(model, name, BottleneckAdapter(model.get_submodule(name), bottleneck))

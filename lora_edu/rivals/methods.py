@@ -1,8 +1,10 @@
-"""Every method of the course's comparisons by its name: what it changes in a model so that the model can learn; all else is frozen.
+"""Every method of the course's comparisons by its name: what it changes in a model so that the model can learn; all
+else is frozen.
 
-On fable each trains about as many numbers as LoRA of rank 8 on all linear layers (156,160, within 2 %), but for three: "full" trains
-exactly the matrices that LoRA adapts, "BitFit" has no more biases than there are (Ben Zaken et al. 2022, arXiv:2106.10199), and a
-"prompt" of that many numbers would not fit the context, so it has as many positions as the prefix.
+On fable each trains about as many numbers as LoRA of rank 8 on all linear layers (156,160, within 2 %), but for three:
+"full" trains exactly the matrices that LoRA adapts, "BitFit" has no more biases than there are (Ben Zaken et al. 2022,
+arXiv:2106.10199), and a "prompt" of that many numbers would not fit the context, so it has as many positions as the
+prefix.
 """
 import copy
 
@@ -19,9 +21,11 @@ from lora_edu.training.corpora import END
 
 
 def add_biases(model: nn.Module) -> int:
-    """BitFit: freeze the model and train the biases of its linear layers, all but the output head; returns how many numbers train.
+    """BitFit: freeze the model and train the biases of its linear layers, all but the output head; returns how many
+    numbers train.
 
-    A layer without a bias (LLaMA has none) gets one of zeros, which changes nothing; so here BitFit costs an addition a layer.
+    A layer without a bias (LLaMA has none) gets one of zeros, which changes nothing; so here BitFit costs an addition a
+    layer.
     """
     refuse_adapted(model)
     model.requires_grad_(False)
@@ -46,7 +50,8 @@ METHODS = {
 }
 
 
-def prepare(model: nn.Module, method: str, targets="all-linear", rank: int = 8, seed: int = 0, start: torch.Tensor | None = None) -> int:
+def prepare(model: nn.Module, method: str, targets="all-linear", rank: int = 8, seed: int = 0,
+            start: torch.Tensor | None = None) -> int:
     """Change the model in place so that `method`, and nothing else, trains; returns how many numbers that is.
 
     Args:
@@ -68,7 +73,9 @@ def prepare(model: nn.Module, method: str, targets="all-linear", rank: int = 8, 
 
 
 def solved_cards(tokenizer, length: int = POSITIONS, seed: int = 0) -> torch.Tensor:
-    """The first tokens, (1, length), of a text of restaurant cards with their sentences: what prefix and prompt start from."""
+    """The first tokens, (1, length), of a text of restaurant cards with their sentences: what prefix and prompt
+    start from.
+    """
     pairs = bistro.examples("train", 1 + length // 20, seed)
     text = END.join(f"{bistro.prompt(record)} {sentence}" for record, sentence in pairs)
     return torch.tensor([tokenizer.encode(text).ids[:length]])
@@ -77,16 +84,20 @@ def solved_cards(tokenizer, length: int = POSITIONS, seed: int = 0) -> torch.Ten
 def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int = 76) -> dict[str, nn.Module]:
     """The base as it is and changed by each method, in eval mode; `base` itself is left alone.
 
-    Every variant has weights of its own. With shared ones, whoever runs after a variant with the same weights finds them in the
-    processor's cache: the base then looked up to 3 % faster than the same model merged and unloaded (fable, 1 x 16).
+    Every variant has weights of its own. With shared ones, whoever runs after a variant with the same weights finds
+    them in the processor's cache: the base then looked up to 3 % faster than the same model merged and unloaded (fable,
+    1 x 16).
 
     Args:
         base: a `Llama`.
         rank: of LoRA on all linear layers; lora_B is random, so that a merge has something to fold in.
-        bottleneck: of the two adapters of a block (Houlsby); a single one (Lin) has twice as many, for about the same count.
-        prefix: trainable keys and values a layer, counted in positions. The defaults are equal budgets on fable, within 2 %.
+        bottleneck: of the two adapters of a block (Houlsby); a single one (Lin) has twice as many, for about the same
+            count.
+        prefix: trainable keys and values a layer, counted in positions. The defaults are equal budgets on fable, within
+            2 %.
     """
-    made = {name: copy.deepcopy(base) for name in ("base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)",
+    made = {name: copy.deepcopy(base)
+            for name in ("base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)",
                                                    "adapters (one a block)", "prefix")}
     with torch.random.fork_rng():
         for name in list(made)[1:4]:
@@ -98,5 +109,6 @@ def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int =
         remove_lora(made["merged and unloaded"], merge=True)
         apply_adapters(made["adapters (two a block)"], bottleneck, "houlsby")
         apply_adapters(made["adapters (one a block)"], 2 * bottleneck, "lin")
-        apply_prefix(made["prefix"], torch.randint(base.config.vocab_size, (1, prefix)).to(next(base.parameters()).device))
+        apply_prefix(made["prefix"],
+                     torch.randint(base.config.vocab_size, (1, prefix)).to(next(base.parameters()).device))
     return {name: model.eval() for name, model in made.items()}

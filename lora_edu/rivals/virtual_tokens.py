@@ -1,7 +1,8 @@
-"""Prefix tuning and prompt tuning: a longer past. P virtual positions stand before every text and are gone from the context.
+"""Prefix tuning and prompt tuning: a longer past. P virtual positions stand before every text and are gone from the
+context.
 
-For the course's `Llama`. Read `Prefix.give` and `Prompt.lengthen`: one puts keys and values into the cache, the other embeddings in
-front of the text.
+For the course's `Llama`. Read `Prefix.give` and `Prompt.lengthen`: one puts keys and values into the cache, the other
+embeddings in front of the text.
 
 Sources: Li and Liang (2021), arXiv:2101.00190; Lester et al. (2021), arXiv:2104.08691.
 """
@@ -18,22 +19,27 @@ class Virtual(Rival):
     length: int              # P
 
     def arguments(self, model: Llama, args: tuple, kwargs: dict) -> tuple[dict, int]:
-        """What the model was called with, by name, and how many tokens of the text it has read before; a text that fits, or ValueError."""
+        """What the model was called with, by name, and how many tokens of the text it has read before; a text that
+        fits, or ValueError.
+        """
         given = dict(zip(("ids", "cache"), args)) | kwargs
         if given.get("ids") is None:
-            raise ValueError(f"a {type(self).__name__.lower()} stands before token ids, and none were given: call model(ids).")
+            raise ValueError(f"a {type(self).__name__.lower()} stands before token ids, and none were given: call "
+                             "model(ids).")
         past = max(given["cache"].length - self.length, 0) if given.get("cache") is not None else 0
         tokens, limit = past + given["ids"].shape[1], model.config.max_position_embeddings
         if self.length + tokens > limit:
-            raise ValueError(f"{tokens} tokens do not fit: of a context of {limit} the {type(self).__name__.lower()} leaves "
-                             f"{limit - self.length}. Shorten the text.")
+            raise ValueError(f"{tokens} tokens do not fit: of a context of {limit} the {type(self).__name__.lower()} "
+                             f"leaves {limit - self.length}. Shorten the text.")
         return given, past
 
 
 class Prefix(Virtual):
-    """Trainable keys and values for P positions, which every text finds in its cache: 2 · layers · P · H_kv · D numbers.
+    """Trainable keys and values for P positions, which every text finds in its cache: 2 · layers · P · H_kv · D
+    numbers.
 
-    Shapes: keys and values (layers, H_kv, P, D). Keys are stored as the cache holds them, turned to their positions already.
+    Shapes: keys and values (layers, H_kv, P, D). Keys are stored as the cache holds them, turned to their positions
+    already.
     """
 
     def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]):
@@ -55,11 +61,12 @@ def apply_prefix(model: Llama, ids: torch.Tensor) -> int:
     """Prefix tuning: freeze the model and give it trainable keys and values in front of every text, in each layer.
 
     Args:
-        ids: (1, P) tokens. The prefix starts as their own keys and values (Li and Liang, section 7.4: better than a random start), so
-            the model begins as one that has just read them.
+        ids: (1, P) tokens. The prefix starts as their own keys and values (Li and Liang, section 7.4: better than a
+            random start), so the model begins as one that has just read them.
 
     Returns:
-        What trains: 2 · layers · P · H_kv · D numbers; there is no MLP that makes the prefix, as the paper has for training.
+        What trains: 2 · layers · P · H_kv · D numbers; there is no MLP that makes the prefix, as the paper has for
+            training.
 
     Raises:
         ValueError: no token, a prefix that fills the whole context, a model that is adapted already.
@@ -122,10 +129,12 @@ def apply_prompt(model: Llama, ids: torch.Tensor) -> int:
 def _check_ids(model: nn.Module, ids: torch.Tensor, what: str) -> None:
     refuse_adapted(model)
     if not isinstance(model, Llama):
-        raise ValueError(f"a {what} is written here for the course's Llama, and this is a {type(model).__name__}: use PEFT.")
+        raise ValueError(f"a {what} is written here for the course's Llama, and this is a {type(model).__name__}: use "
+                         "PEFT.")
     if ids.ndim != 2 or len(ids) != 1 or not ids.numel():
-        raise ValueError(f"ids of shape {tuple(ids.shape)}: a {what} starts from the tokens of one text, (1, P) with P at least 1.")
+        raise ValueError(f"ids of shape {tuple(ids.shape)}: a {what} starts from the tokens of one text, (1, P) with P "
+                         "at least 1.")
     limit = model.config.max_position_embeddings
     if ids.shape[1] >= limit:
-        raise ValueError(f"a {what} of {ids.shape[1]} leaves no place for a text in a context of {limit}: choose fewer than {limit} "
-                         "positions, and as many fewer as the longest text has tokens.")
+        raise ValueError(f"a {what} of {ids.shape[1]} leaves no place for a text in a context of {limit}: choose fewer "
+                         f"than {limit} positions, and as many fewer as the longest text has tokens.")

@@ -16,7 +16,9 @@ class Kept(NamedTuple):
 
 @contextmanager
 def kept_by_autograd() -> Iterator[dict[int, Kept]]:
-    """Collects, by address, every storage that autograd keeps within the block, weights included, each once however many views it has."""
+    """Collects, by address, every storage that autograd keeps within the block, weights included, each once however
+    many views it has.
+    """
     found: dict[int, Kept] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Bistro: a small task in the manner of E2E. A card of slots goes in, a sentence or two about a restaurant comes out.
 
-The grammar speaks every slot in several ways, and every way can be read back, so what a model writes is judged slot by slot.
+The grammar speaks every slot in several ways, and every way can be read back, so what a model writes is judged slot by
+slot.
 A card is a dict: always a name, and three to five of the other slots. What is absent must not be said, so a model that
 always says everything is wrong. Read `sentence`, then `slots_said` and `slot_accuracy`.
 
-Source: Novikova, Dusek, Rieser (2017), "The E2E Dataset", arXiv:1706.09254, for the form; names and phrases are this project's.
+Source: Novikova, Dusek, Rieser (2017), "The E2E Dataset", arXiv:1706.09254, for the form; names and phrases are this
+project's.
 """
 import random
 import re
@@ -20,11 +22,16 @@ from lora_edu.training.corpora import Batch, completions, end_token
 Card = dict[str, str]
 SPLITS = ("train", "valid", "test")
 NAMES = (
-    "The Blue Lantern", "The Golden Pear", "The Silver Swan", "The Red Fox", "The White Rose", "The Black Bear", "The Green Door",
-    "The Old Mill", "The Little Oak", "The Merry Goose", "The Happy Cat", "The Quiet Moon", "The Brave Tailor", "The Wise Raven",
-    "The Lucky Horse", "The Tall Window", "The Iron Gate", "The Stone Tower", "The Glass Ring", "The Seven Birds", "Willow House",
-    "Apple Garden", "Honey Hall", "Winter Palace", "Summer Table", "Deer Park", "Bell Cottage", "Fairy Wood", "Snow Hill",
-    "Hare Spring", "Queen Anna", "King Peter", "Storm Island", "Morning Wind", "Rabbit Well", "Clover", "Feather", "Fiddle",
+    "The Blue Lantern", "The Golden Pear", "The Silver Swan", "The Red Fox", "The White Rose", "The Black Bear",
+    "The Green Door",
+    "The Old Mill", "The Little Oak", "The Merry Goose", "The Happy Cat", "The Quiet Moon", "The Brave Tailor",
+    "The Wise Raven",
+    "The Lucky Horse", "The Tall Window", "The Iron Gate", "The Stone Tower", "The Glass Ring", "The Seven Birds",
+    "Willow House",
+    "Apple Garden", "Honey Hall", "Winter Palace", "Summer Table", "Deer Park", "Bell Cottage", "Fairy Wood",
+    "Snow Hill",
+    "Hare Spring", "Queen Anna", "King Peter", "Storm Island", "Morning Wind", "Rabbit Well", "Clover", "Feather",
+    "Fiddle",
     "Robin", "Candle")
 FOODS = ("French", "Indian", "Greek", "Spanish", "Chinese", "Turkish", "Russian", "Dutch")
 # slot -> value -> the ways to say it. The words after the verb say this value and no other (`said_by` reads them so).
@@ -117,11 +124,13 @@ def collate(tokenizer, pairs: list[tuple[Card, str]]) -> Batch:
     return inputs, torch.tensor([wanted + [-100] * (width - len(wanted)) for _, wanted in rows])
 
 
-def batches(tokenizer, steps: int | None = None, batch_size: int = 16, seed: int = 0, split: str = "train") -> Iterator[Batch]:
+def batches(tokenizer, steps: int | None = None, batch_size: int = 16, seed: int = 0,
+            split: str = "train") -> Iterator[Batch]:
     """`steps` batches of fresh examples, or no end of them (None); the same seed gives the same batches."""
     source, made = stream(split, seed), 0
     while steps is None or made < steps:
-        yield collate(tokenizer, [(card, sentence(card, rng)) for card, rng in (next(source) for _ in range(batch_size))])
+        yield collate(tokenizer,
+                      [(card, sentence(card, rng)) for card, rng in (next(source) for _ in range(batch_size))])
         made += 1
 
 
@@ -149,7 +158,8 @@ PATTERNS = {slot: re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b"
 
 def slots_said(text: str) -> Card:
     """Read a text back into slots. Two values for one slot come out as "cheap / expensive", which equals no value."""
-    found = {slot: dict.fromkeys(WORDS[slot][said] for said in pattern.findall(text)) for slot, pattern in PATTERNS.items()}
+    found = {slot: dict.fromkeys(WORDS[slot][said] for said in pattern.findall(text))
+             for slot, pattern in PATTERNS.items()}
     return {slot: " / ".join(values) for slot, values in found.items() if values}
 
 
@@ -165,10 +175,11 @@ class SlotScore:
 
 
 def slot_accuracy(texts: list[str], cards: list[Card]) -> SlotScore:
-    """Judge each text against its card. A slot counts if it is given or said, and is right if it is both, with one value.
+    """Judge each text against its card. A slot counts if it is given or said, and is right if it is both, with one
+    value.
 
-    So a slot left out, a wrong value, and a slot that was not given are one error each (E2E's slot error rate counts the
-    same three), and a text about something else scores 0.
+    So a slot left out, a wrong value, and a slot that was not given are one error each (E2E's slot error rate counts
+    the same three), and a text about something else scores 0.
     """
     if len(texts) != len(cards) or not cards:
         raise ValueError(f"{len(texts)} texts for {len(cards)} cards: give one text for each card, and at least one.")
@@ -176,7 +187,8 @@ def slot_accuracy(texts: list[str], cards: list[Card]) -> SlotScore:
 
 
 def score(said: list[Card], given: list[Card]) -> SlotScore:
-    right = [{slot: s.get(slot) == g.get(slot) for slot in SLOTS if slot in s or slot in g} for s, g in zip(said, given)]
+    right = [{slot: s.get(slot) == g.get(slot) for slot in SLOTS if slot in s or slot in g}
+             for s, g in zip(said, given)]
     shares = [sum(r.values()) / len(r) for r in right]
     perfect = [int(all(r.values())) for r in right]
     verdicts = {slot: [r[slot] for r in right if slot in r] for slot in SLOTS}
@@ -187,8 +199,8 @@ def score(said: list[Card], given: list[Card]) -> SlotScore:
 def floor(cards: list[Card]) -> dict[str, SlotScore]:
     """What a fluent model scores that ignores its input, computed on these cards.
 
-    "constant": always one sentence, with the commonest value of every slot. "random": the sentence of another card, exactly,
-    over all pairs of cards.
+    "constant": always one sentence, with the commonest value of every slot. "random": the sentence of another card,
+    exactly, over all pairs of cards.
     """
     if len(cards) < 2:
         raise ValueError(f"{len(cards)} card: a floor needs at least 2, to speak of another one.")

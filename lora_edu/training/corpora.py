@@ -1,8 +1,8 @@
 """Texts and the way they become batches: read, split so that nothing overlaps, tokenize, cut into windows.
 
-A text is a str whose documents are separated by a line `<|endoftext|>`; tokens are a LongTensor (N,). Read `packed_batches`
-(training) beside `windows` (measuring). Python's own documentation is the corpus that needs no download; `shakespeare` and
-`e2e` fetch theirs once.
+A text is a str whose documents are separated by a line `<|endoftext|>`; tokens are a LongTensor (N,). Read
+`packed_batches` (training) beside `windows` (measuring). Python's own documentation is the corpus that needs no
+download; `shakespeare` and `e2e` fetch theirs once.
 """
 import copy
 import gzip
@@ -39,11 +39,13 @@ def read_text(path: str | Path) -> str:
 
 
 def python_docs(split: str = "train") -> str:
-    """The language reference that every CPython carries (`pydoc_data.topics`), one document a topic; about 370 kB in all.
+    """The language reference that every CPython carries (`pydoc_data.topics`), one document a topic; about 370 kB in
+    all.
 
-    Topics go to "train", "valid" or "test" by a checksum of their name. Long topics repeat short ones word for word, so a
-    paragraph is kept only in the shortest topic that has it: no paragraph is in two splits. The text differs between versions
-    of Python.
+    Topics go to "train", "valid" or "test" by a checksum of their name. Long topics repeat short ones word for word, so
+    a
+    paragraph is kept only in the shortest topic that has it: no paragraph is in two splits. The text differs between
+    versions of Python.
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"split={split!r}: choose one of train, valid, test.")
@@ -64,7 +66,9 @@ def clean(text: str) -> str:
 
 
 def pieces(document: str) -> Iterator[str]:
-    """Cut before line breaks, where the usual byte-level pattern cuts too: the tokens are those of the whole document."""
+    """Cut before line breaks, where the usual byte-level pattern cuts too: the tokens are those of the whole
+    document.
+    """
     start = 0
     for cut in re.finditer(r"\n(?=\S)", document):
         if cut.start() - start >= PIECE:
@@ -74,7 +78,10 @@ def pieces(document: str) -> Iterator[str]:
 
 
 def tokenize(tokenizer, text: str) -> torch.Tensor:
-    """Text -> LongTensor (N,). A line `<|endoftext|>` becomes the one end-of-text token; big texts show a progress bar."""
+    """Text -> LongTensor (N,).
+
+    A line `<|endoftext|>` becomes the one end-of-text token; big texts show a progress bar.
+    """
     from tqdm.auto import tqdm
     end, todo = end_token(tokenizer), []
     for i, document in enumerate(re.split(rf"^{re.escape(END)}(?:\n|\Z)", text, flags=re.MULTILINE)):
@@ -83,7 +90,8 @@ def tokenize(tokenizer, text: str) -> torch.Tensor:
     with tqdm(total=len(text), unit="char", unit_scale=True, desc="tokenize", disable=len(text) < SHOW_PROGRESS) as bar:
         for i in range(0, len(todo), 64):
             chunk = todo[i:i + 64]
-            encoded = iter(tokenizer.encode_batch([piece for piece in chunk if piece is not None], add_special_tokens=False))
+            encoded = iter(tokenizer.encode_batch([piece for piece in chunk if piece is not None],
+                                                  add_special_tokens=False))
             ids = [token for piece in chunk for token in ([end] if piece is None else next(encoded).ids)]
             done.append(torch.tensor(ids, dtype=torch.long))
             bar.update(sum(len(piece) for piece in chunk if piece is not None))
@@ -96,11 +104,12 @@ def require(tokens: torch.Tensor, length: int) -> None:
                          f"{max(length, 1) + 1} tokens, or choose a shorter window.")
 
 
-def packed_batches(tokens: torch.Tensor, length: int, batch_size: int, seed: int, steps: int | None = None) -> Iterator[Batch]:
+def packed_batches(tokens: torch.Tensor, length: int, batch_size: int, seed: int,
+                   steps: int | None = None) -> Iterator[Batch]:
     """`steps` batches (or no end of them) of windows packed side by side, each (batch_size, length).
 
-    One pass takes every window once in a shuffled order; each pass starts at another offset, so window borders move. The same
-    seed gives the same batches, on every device.
+    One pass takes every window once in a shuffled order; each pass starts at another offset, so window borders move.
+    The same seed gives the same batches, on every device.
     """
     require(tokens, length)
     generator = torch.Generator().manual_seed(seed)
@@ -156,12 +165,14 @@ def completions(model, tokenizer, prompts: list[str], batch_size: int = 64, max_
 def tales_from(model, tokenizer, n: int = 32, seed: int = 0, length: int = 256, batch_size: int = 16) -> list[Batch]:
     """An offline yardstick of forgetting: `n` windows of tales that the untouched base itself tells, at temperature 1.
 
-    The base's loss on them estimates its own entropy, in nats per token; a changed model's loss exceeds it by how far it has
-    moved from the base on the base's own tales (a Kullback-Leibler divergence). It is not the loss on tales that people wrote:
-    that is higher, and this one cannot tell what the base never knew. Sampled on a CPU copy, so the device does not matter.
+    The base's loss on them estimates its own entropy, in nats per token; a changed model's loss exceeds it by how far
+    it has moved from the base on the base's own tales (a Kullback-Leibler divergence). It is not the loss on tales that
+    people wrote: that is higher, and this one cannot tell what the base never knew. Sampled on a CPU copy, so the
+    device does not matter.
     """
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("tales_from samples the untouched base, and this model carries an adapter: call it before apply_lora.")
+        raise ValueError("tales_from samples the untouched base, and this model carries an adapter: call it before "
+                         "apply_lora.")
     base = copy.deepcopy(model).cpu().eval()
     start = torch.full((n, 1), end_token(tokenizer))
     tokens = base.generate(start, length, temperature=1.0, seed=seed)          # (n, 1 + length)

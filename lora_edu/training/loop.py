@@ -1,8 +1,8 @@
 """The one training loop: a generator that yields a `Step` after each optimizer step.
 
-A progress bar, a live plot, a stop button, a test and the pretraining of fable are readers of this same loop. A batch is
-a pair (inputs, targets) of token ids (B, T): targets[:, t] is the token that follows inputs[:, t], and -100 where no loss
-counts. Losses are nats per token.
+A progress bar, a live plot, a stop button, a test and the pretraining of fable are readers of this same loop. A batch
+is a pair (inputs, targets) of token ids (B, T): targets[:, t] is the token that follows inputs[:, t], and -100 where no
+loss counts. Losses are nats per token.
 """
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did: `step` counts from 1; `loss` (nats per token) is that of the batch before the update."""
+    """What one optimizer step did: `step` counts from 1; `loss` (nats per token) is that of the batch before the
+    update.
+    """
 
     step: int
     loss: float
@@ -40,7 +42,10 @@ def warmup_linear(warmup: float = 0.05) -> Callable[[int, int], float]:
 
 
 def loss_on(model: nn.Module, batch: Batch, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy of the next token, in float32 or wider. The model returns logits, or an object that has `.logits`."""
+    """Cross-entropy of the next token, in float32 or wider.
+
+    The model returns logits, or an object that has `.logits`.
+    """
     device = next(model.parameters()).device
     inputs, targets = (t.to(device) for t in batch)
     logits = model(inputs)
@@ -79,7 +84,8 @@ def adamw(model: nn.Module, weight_decay: float = 0.0, betas: tuple[float, float
     """AdamW on what is trainable; only matrices decay. Raises ValueError when everything is frozen."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("nothing to train: every parameter is frozen. Call apply_lora(model, …), or model.requires_grad_(True).")
+        raise ValueError("nothing to train: every parameter is frozen. Call apply_lora(model, …), or "
+                         "model.requires_grad_(True).")
     groups = [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas)
@@ -87,7 +93,8 @@ def adamw(model: nn.Module, weight_decay: float = 0.0, betas: tuple[float, float
 
 def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
           schedule: Callable[[int, int], float] = warmup_linear(), optimizer: torch.optim.Optimizer | None = None,
-          max_grad_norm: float | None = 1.0, autocast: torch.dtype | None = None, first_step: int = 0) -> Iterator[Step]:
+          max_grad_norm: float | None = 1.0, autocast: torch.dtype | None = None,
+          first_step: int = 0) -> Iterator[Step]:
     """Train what is trainable, in place, and yield a `Step` after each optimizer step.
 
     Stop whenever you like: what has been learned stays in the model, and its mode (train or eval) is put back.
@@ -111,7 +118,8 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
             began = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
-                raise ValueError(f"the batches ended after {step - first_step} steps, and {steps - first_step} were asked for.")
+                raise ValueError(f"the batches ended after {step - first_step} steps, and {steps - first_step} were "
+                                 "asked for.")
             now = lr * schedule(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = now

@@ -1,12 +1,14 @@
 """How fable was made: a tokenizer and a small `Llama`, trained from nothing on plain text.
 
-    python -m lora_edu.training.pretrain --text tales.txt.gz=0.5 novels.txt.gz=0.5 --valid tales_valid.txt.gz --out FOLDER
+    python -m lora_edu.training.pretrain --text tales.txt.gz=0.5 novels.txt.gz=0.5 --valid tales_valid.txt.gz --out
+    FOLDER
 
 Texts are UTF-8 (.gz or not) with documents separated by a line <|endoftext|>; `=0.5` is the share of the batches that a
 text fills, whatever its size. What is read when is fixed by the seed alone, so a run that was interrupted (Ctrl-C, a
 power cut) goes on from its last checkpoint when the same command is given again.
 """
 import argparse
+import itertools
 import json
 import math
 import time
@@ -75,6 +77,17 @@ def save_checkpoint(file: Path, model: Llama, optimizer, step: int, curve: list)
     write_whole(file, lambda part: torch.save(content, part))
 
 
+def go_on(file: Path, model: Llama, optimizer, device, steps: int) -> tuple[int, list]:
+    """Steps done and the curve so far, from a checkpoint if there is one; model and optimizer are put back to it."""
+    if not file.exists():
+        return 0, []
+    saved = torch.load(file, map_location=device, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    print(f"going on from step {saved['step']} of {steps}")
+    return saved["step"], saved["curve"]
+
+
 def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6, lr: float = 3e-3, seed: int = 0,
              config: LlamaConfig = SHAPE) -> float:
     """Train and write a model folder; returns the final loss on `valid` in nats per token.
@@ -92,21 +105,15 @@ def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6
     torch.manual_seed(seed)
     model = Llama(config).to(device)
     optimizer = adamw(model, weight_decay=0.1, betas=(0.9, 0.98))
-    first, curve = 0, []
     checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, curve = saved["step"], saved["curve"]
-        print(f"going on from step {first} of {steps}")
+    first, curve = go_on(checkpoint, model, optimizer, device, steps)
     order = reading_order([len(t) for t in data], list(texts.values()), steps, config.max_position_embeddings, seed)
-    for _ in range(first):
-        next(order)
+    order = itertools.islice(order, first, None)      # what an earlier call has read is not read again
 
     few = held_out[::max(1, len(held_out) // 8)]
     bar = tqdm(train(model, batches(data, order), steps, lr, schedule=warmup_linear(0.02), optimizer=optimizer,
-                     autocast=sixteen_bits(device), first_step=first), total=steps, initial=first, unit="step", mininterval=5)
+                     autocast=sixteen_bits(device), first_step=first), total=steps, initial=first, unit="step",
+               mininterval=5)
     loss = float("nan")
     for done in bar:
         loss = done.loss if math.isnan(loss) else 0.98 * loss + 0.02 * done.loss
@@ -120,18 +127,26 @@ def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6
     final = evaluate(model, held_out)
     model.save_folder(folder, dtype=torch.bfloat16)
     counted = sum((targets != -100).sum().item() for _, targets in held_out)
-    report = {"tokens": steps * TOKENS_A_STEP, "steps": steps, "lr": lr, "seed": seed, "device": str(device),
-              "shares": {Path(file).name: share for file, share in texts.items()},
-              "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "valid_nats_per_token": round(final, 4),
-              "valid_bits_per_byte": round(final * counted / math.log(2) / held_out_bytes, 4),
-              "curve": {"columns": ["tokens read", "train loss (running mean)", "valid loss (a sample)"], "rows": curve}}
-    write_text(folder / "curve.json", json.dumps(report, indent=1) + "\n")
+    how = {"tokens": steps * TOKENS_A_STEP, "steps": steps, "lr": lr, "seed": seed, "device": str(device),
+           "shares": {Path(file).name: share for file, share in texts.items()}}
+    write_report(folder / "curve.json", how, final, counted / held_out_bytes, curve)
     checkpoint.unlink(missing_ok=True)
     return final
 
 
+def write_report(file: Path, how: dict, final: float, tokens_a_byte: float, curve: list) -> None:
+    report = how | {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+                    "valid_nats_per_token": round(final, 4),
+                    "valid_bits_per_byte": round(final * tokens_a_byte / math.log(2), 4),
+                    "curve": {"columns": ["tokens read", "train loss (running mean)", "valid loss (a sample)"],
+                              "rows": curve}}
+    write_text(file, json.dumps(report, indent=1) + "\n")
+
+
 def prepare(texts: dict[str, float], valid: str, folder: Path, config: LlamaConfig):
-    """The tokenizer (trained once, then read back), every text as token ids, the held-out windows and their size in bytes."""
+    """The tokenizer (trained once, then read back), every text as token ids, the held-out windows and their size in
+    bytes.
+    """
     raw = {file: read_text(file) for file in texts}
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -141,7 +156,8 @@ def prepare(texts: dict[str, float], valid: str, folder: Path, config: LlamaConf
     held_out_text = read_text(valid)
     held_out_tokens = tokenize(tokenizer, held_out_text)
     size = len(held_out_text.encode())
-    print(f"{sum(map(len, data)):,} tokens to learn from; the held-out text has {size / len(held_out_tokens):.2f} bytes a token")
+    print(f"{sum(map(len, data)):,} tokens to learn from; the held-out text has {size / len(held_out_tokens):.2f} "
+          "bytes a token")
     return tokenizer, data, windows(held_out_tokens, config.max_position_embeddings), size
 
 
@@ -151,7 +167,8 @@ def text_and_share(argument: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lora_edu.training.pretrain", description="Train a small Llama on plain text.")
+    parser = argparse.ArgumentParser(prog="python -m lora_edu.training.pretrain", description="Train a small Llama on "
+                                     "plain text.")
     parser.add_argument("--text", nargs="+", required=True, type=text_and_share, metavar="FILE[=SHARE]")
     parser.add_argument("--valid", required=True, metavar="FILE", help="held-out text, never trained on")
     parser.add_argument("--out", required=True, metavar="FOLDER")

@@ -1,7 +1,7 @@
 """Many adapters trained in one pass: the loop of `train` over a `LoRAStack`.
 
-Runs that share a pass share every product with a frozen weight, and what Python costs; each keeps its own loss, gradient norm,
-learning rate and optimizer state, so that its numbers are those of training it alone.
+Runs that share a pass share every product with a frozen weight, and what Python costs; each keeps its own loss,
+gradient norm, learning rate and optimizer state, so that its numbers are those of training it alone.
 """
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,39 +19,48 @@ ROWS = 8      # of a held-out batch that every adapter reads at a time: as much 
 
 @dataclass(frozen=True)
 class StackStep:
-    """What one step of a stack did: the loss of each adapter's rows before its update (nats per token; nan once it has diverged)."""
+    """What one step of a stack did: the loss of each adapter's rows before its update (nats per token; nan once it
+    has diverged).
+    """
 
     step: int
     losses: list[float]
 
 
 def group_losses(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the next-token losses (nats, float32 or wider) and count of the tokens that count, for each of `groups` groups of rows."""
+    """Sum of the next-token losses (nats, float32 or wider) and count of the tokens that count, for each of `groups`
+    groups of rows.
+    """
     each = loss_on(model, batch, "none")
     return each.view(groups, -1).sum(1), (batch[1].to(each.device) != -100).view(groups, -1).sum(1)
 
 
 def side_by_side(batches: list[Batch]) -> Batch:
-    """One batch of groups; shorter rows are padded on the right with a token that no loss counts and no earlier one sees.
+    """One batch of groups; shorter rows are padded on the right with a token that no loss counts and no earlier one
+    sees.
 
     Raises ValueError if one batch has more rows than another: the groups of a stack are of one size.
     """
     counts = sorted({len(inputs) for inputs, _ in batches})
     if len(counts) > 1:
-        raise ValueError(f"batches of {' and '.join(map(str, counts))} rows side by side: give every adapter as many rows as the others.")
+        raise ValueError(f"batches of {' and '.join(map(str, counts))} rows side by side: give every adapter as many "
+                         "rows as the others.")
     width = max(inputs.shape[1] for inputs, _ in batches)
     padded = [(F.pad(inputs, (0, width - inputs.shape[1])), F.pad(targets, (0, width - targets.shape[1]), value=-100))
               for inputs, targets in batches]
     return torch.cat([inputs for inputs, _ in padded]), torch.cat([targets for _, targets in padded])
 
 
-def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *, schedule: Callable[[int, int], float] = warmup_linear(),
+def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
+                schedule: Callable[[int, int], float] = warmup_linear(),
                 max_grad_norm: float | None = 1.0, autocast: torch.dtype | None = None,
-                losses_of: Callable[[nn.Module, Batch, int], tuple[torch.Tensor, torch.Tensor]] = group_losses) -> Iterator[StackStep]:
-    """Train every adapter of the stack, in place, and yield a `StackStep` after each step; each is what `train` would make of it alone.
+                losses_of: Callable[[nn.Module, Batch, int], tuple[torch.Tensor, torch.Tensor]] = group_losses
+                ) -> Iterator[StackStep]:
+    """Train every adapter of the stack, in place, and yield a `StackStep` after each step; each is what `train` would
+    make of it alone.
 
-    An adapter whose loss or gradient is no longer finite has diverged: it goes back to its start, its losses are nan from then
-    on, and its neighbours go on untouched.
+    An adapter whose loss or gradient is no longer finite has diverged: it goes back to its start, its losses are nan
+    from then on, and its neighbours go on untouched.
 
     Args:
         batches: (inputs, targets), each with a group of rows for every adapter, as many rows each; see `side_by_side`.
@@ -61,8 +70,9 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *, sched
     model, alive = stack.model, [True] * len(stack)
     parameters = [stack.parameters_of(i) for i in range(len(stack))]
     device = parameters[0][0].device
+    # fused: one call for an adapter; a loop over its tensors is slower
     optimizer = torch.optim.AdamW([{"params": group, "lr": 0.0} for group in parameters], weight_decay=0.0,
-                                  fused=device.type in ("cpu", "cuda"))     # one call for an adapter; a loop over its tensors is slower
+                                  fused=device.type in ("cpu", "cuda"))
     was_training = model.training
     model.train()
     batches = iter(batches)
@@ -81,18 +91,24 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *, sched
                 stack.share_gradients(i, group)
                 norms.append(nn.utils.clip_grad_norm_(group, math.inf if max_grad_norm is None else max_grad_norm))
                 optimizer.param_groups[i]["lr"] = stack.adapters[i].lr * schedule(step, steps)
-            for i, (finite, group) in enumerate(zip((losses + torch.stack(norms)).isfinite().tolist(), parameters)):
-                if not finite and alive[i]:
-                    alive[i] = False
-                    stack.reset(i)
-                if not alive[i]:
-                    for parameter in group:
-                        parameter.grad = None
+            finite = (losses + torch.stack(norms)).isfinite().tolist()
+            _leave_out_diverged(stack, parameters, alive, finite)
             optimizer.step()
             yield StackStep(step + 1, [loss if ok else math.nan for loss, ok in zip(losses.tolist(), alive)])
     finally:
         model.train(was_training)
         stack.zero_grad()
+
+
+def _leave_out_diverged(stack: LoRAStack, parameters: list, alive: list[bool], finite: list[bool]) -> None:
+    """Who has just diverged goes back to its start; who has diverged gets no step. `alive` is brought up to date."""
+    for i, group in enumerate(parameters):
+        if alive[i] and not finite[i]:
+            alive[i] = False
+            stack.reset(i)
+        if not alive[i]:
+            for parameter in group:
+                parameter.grad = None
 
 
 def evaluate_stack(stack: LoRAStack, batches: Iterable[Batch]) -> list[float]:
@@ -106,7 +122,8 @@ def evaluate_stack(stack: LoRAStack, batches: Iterable[Batch]) -> list[float]:
     try:
         with torch.no_grad():
             for inputs, targets in ((i, t) for batch in batches for i, t in zip(*(part.split(ROWS) for part in batch))):
-                sums, counts = group_losses(stack.model, (inputs.repeat(len(stack), 1), targets.repeat(len(stack), 1)), len(stack))
+                sums, counts = group_losses(stack.model, (inputs.repeat(len(stack), 1), targets.repeat(len(stack), 1)),
+                                            len(stack))
                 total, count = total.to(sums.device) + sums.double(), count.to(counts.device) + counts
     finally:
         stack.model.train(was_training)

@@ -1,10 +1,12 @@
 """What a model is tuned on: the two tasks, how each is scored, and the nulls, from which neither can be learned.
 
-"bistro" turns a restaurant's card into a sentence, a narrow task; "python_docs" is the language reference, a broad change of style.
+"bistro" turns a restaurant's card into a sentence, a narrow task; "python_docs" is the language reference, a broad
+change of style.
 
-A Gaussian matrix is too easy to beat: any training leaves structure in ΔW, whatever it learned. So a null trains on nothing with the
-same steps and rate, three ways: random tokens as targets, cards paired with the sentence of another card, or more of what the model
-knows already. What the real ΔW shares with these is not a sign of learning.
+A Gaussian matrix is too easy to beat: any training leaves structure in ΔW, whatever it learned. So a null trains on
+nothing with the
+same steps and rate, three ways: random tokens as targets, cards paired with the sentence of another card, or more of
+what the model knows already. What the real ΔW shares with these is not a sign of learning.
 """
 import functools
 from collections.abc import Iterator
@@ -20,14 +22,16 @@ from lora_edu.training.loop import fit, sixteen_bits
 
 TASKS = {"bistro": "restaurants", "python_docs": "documentation"}      # how the pages call them
 NULLS = ("random_targets", "mismatched", "more_of_the_same")
-BATCH, DOCS, TALES = 16, 128, 64      # rows a step; tokens a row. 64 tokens of a tale count about as much as a restaurant's sentence
+# rows a step; tokens a row. 64 tokens of a tale count about as much as a restaurant's sentence
+BATCH, DOCS, TALES = 16, 128, 64
 
 
 class Task:
     """One of `TASKS`: batches to train on, by seed, and held-out ones to choose by (`valid`) and to report (`test`).
 
     Args:
-        n: cards of the test split, twice as many as of the validation split; of the documentation as many windows of 128 tokens.
+        n: cards of the test split, twice as many as of the validation split; of the documentation as many windows of
+            128 tokens.
         batch_size: rows of a held-out batch (bistro by default 50, documentation 16).
 
     Attributes:
@@ -83,19 +87,23 @@ def full_fine_tune(task: str = "bistro", steps: int = 200, lr: float = 2e-3, *, 
 
 def training_batches(tokenizer, task: str, steps: int, seed: int = 0, null: str | None = None,
                      rows: int = BATCH) -> Iterator[Batch]:
-    """`steps` batches of `rows` rows of a task (what every record trains on), or of its null made from the same cards in the same order.
+    """`steps` batches of `rows` rows of a task (what every record trains on), or of its null made from the same cards
+    in the same order.
 
     Raises:
         ValueError: an unknown task or null, or sentences of a task that has none to exchange.
     """
     if task not in TASKS or null not in (None, *NULLS):
-        raise ValueError(f"task={task!r}, null={null!r}: choose a task of {', '.join(TASKS)} and a null of None, {', '.join(NULLS)}.")
+        raise ValueError(f"task={task!r}, null={null!r}: choose a task of {', '.join(TASKS)} and a null of None, "
+                         f"{', '.join(NULLS)}.")
     if null == "mismatched" and task != "bistro":
-        raise ValueError(f"null='mismatched' exchanges the sentences of cards, and {task} has no cards: choose task='bistro'.")
+        raise ValueError(f"null='mismatched' exchanges the sentences of cards, and {task} has no cards: choose "
+                         "task='bistro'.")
     if null == "more_of_the_same":
         return corpora.packed_batches(tales(steps), TALES, rows, seed, steps)
     if task == "python_docs":
-        batches = corpora.packed_batches(corpora.tokenize(tokenizer, corpora.python_docs("train")), DOCS, rows, seed, steps)
+        batches = corpora.packed_batches(corpora.tokenize(tokenizer, corpora.python_docs("train")), DOCS, rows, seed,
+                                         steps)
     elif null == "mismatched":
         batches = mismatched(tokenizer, steps, seed, rows)
     else:
@@ -112,7 +120,9 @@ def random_targets(batches: Iterator[Batch], vocab_size: int, seed: int = 0) -> 
 
 
 def mismatched(tokenizer, steps: int, seed: int = 0, rows: int = BATCH) -> Iterator[Batch]:
-    """The same cards and the same sentences as `bistro.batches`, but each card has the sentence of the next one in its batch."""
+    """The same cards and the same sentences as `bistro.batches`, but each card has the sentence of the next one in
+    its batch.
+    """
     source = bistro.stream("train", seed)
     for _ in range(steps):
         pairs = [(card, bistro.sentence(card, rng)) for card, rng in (next(source) for _ in range(rows))]

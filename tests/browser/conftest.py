@@ -1,8 +1,8 @@
 """A real JupyterLab on loopback and a real Chromium, for the tests of this folder.
 
 Nothing of the user's is read or changed: Jupyter's settings, config, data and runtime folders lie in pytest's own
-temporary folder, the notebooks are copies, and each gets a workspace of its own. A test that fails leaves a screenshot there,
-and says where. How long a key took to become a picture is printed at the end of the run.
+temporary folder, the notebooks are copies, and each gets a workspace of its own. A test that fails leaves a screenshot
+there, and says where. How long a key took to become a picture is printed at the end of the run.
 """
 import hashlib
 import json
@@ -24,7 +24,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # A time limit here is for a busy machine; on an idle one a notebook opens in 5 s and a picture changes in 0.3 s.
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},   # else cells off screen are taken out of the page
@@ -41,8 +42,8 @@ PIXELS = """async () => {
   const found = [];
   for (const image of document.querySelectorAll('.jp-OutputArea-output img')) {
     try { await image.decode() } catch { continue }
-    const canvas = Object.assign(document.createElement('canvas'), {width: image.naturalWidth, height: image.naturalHeight});
-    canvas.getContext('2d').drawImage(image, 0, 0);
+    const canvas = Object.assign(document.createElement('canvas'), {width: image.naturalWidth, height:
+    image.naturalHeight}); canvas.getContext('2d').drawImage(image, 0, 0);
     found.push(canvas.toDataURL());
   }
   return found;
@@ -61,7 +62,8 @@ ERRORS = ", ".join(f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{k
 @pytest.fixture(scope="session")
 def chromium():
     """The browser; the tests are skipped, with the reason, where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install "
+                                     "playwright")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium, or install Google Chrome")
     with playwright.sync_playwright() as driver:
@@ -126,8 +128,10 @@ def answers(address: str) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter):
-    reports = [report for reports in terminalreporter.stats.values() for report in reports if getattr(report, "when", "") == "call"]
-    lines = [f"{said}  {report.nodeid}" for report in reports for name, said in report.user_properties if name == "key to picture"]
+    reports = [report for reports in terminalreporter.stats.values() for report in reports
+               if getattr(report, "when", "") == "call"]
+    lines = [f"{said}  {report.nodeid}" for report in reports for name, said in report.user_properties
+             if name == "key to picture"]
     if lines:
         terminalreporter.section("from a key to its picture")
         terminalreporter.write_line("\n".join(lines))
@@ -173,7 +177,8 @@ def open_cell(open_notebook, tmp_path):
         cell |= {"outputs": [], "execution_count": None}
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         path = tmp_path / "one_cell.ipynb"
-        path.write_text(json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+        path.write_text(json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}),
+                        encoding="utf-8")
         return open_notebook(path)
     return opened
 
@@ -261,7 +266,9 @@ class NotebookPage:
             self._press(handle, index)
             seconds.append(self._latency(timeout))
         self.record("key to picture", f"{min(seconds):.2f} s  {self.sliders()[index]}")
-        assert min(seconds) < LATENCY, f"a key needs {min(seconds):.2f} s to become a picture: should be under {LATENCY:g} s"
+        assert min(seconds) < LATENCY, (
+            f"a key needs {min(seconds):.2f} s to become a picture: should be under {LATENCY:g} s"
+        )
 
     def _latency(self, timeout: float) -> float:
         self.page.wait_for_function("() => window.drawn", timeout=1000 * timeout)

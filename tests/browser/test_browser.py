@@ -6,8 +6,8 @@ import pytest
 pytestmark = pytest.mark.browser
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-# How many sliders each has: the dial, the picture's rank, the picker's rank, the explorer's layer and rank, the trainer's rank
-# and learning rate (its alpha is locked) and the grid's, the calculator's rank, batch
+# How many sliders each has: the dial, the picture's rank, the picker's rank, the explorer's layer and rank, the
+# trainer's rank and learning rate (its alpha is locked) and the grid's, the calculator's rank, batch
 # and length, the merge lab's strength and factor.
 PLAYED = {"00_": 1, "01_": 1, "02_": 1, "03_": 2, "04_": 4, "05_": 3, "06_": 2}
 WRITTEN = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name.startswith(tuple(PLAYED))]
@@ -78,7 +78,8 @@ def test_lists_buttons_and_the_box_of_the_calculator_move_its_picture(open_cell)
         moves = [lambda i=i, value=value: widget.locator("select").nth(i).select_option(value)
                  for i, value in enumerate(("gpt2-xl", "attention", "nf4", "adamw-8bit"))]
         moves += [lambda: widget.locator("input[type=checkbox]").check(),
-                  lambda: widget.locator("select").nth(2).select_option("16-bit"),           # four bits do not train in full
+                  # four bits do not train in full
+                  lambda: widget.locator("select").nth(2).select_option("16-bit"),
                   lambda: page.click("full")]
         for i, move in enumerate(moves):
             before, said = page.settle(), page.text()

@@ -1,4 +1,6 @@
-"""The live trainer in a real browser: play, pause, keys during play, reset, a kernel that was restarted; and controls cut off."""
+"""The live trainer in a real browser: play, pause, keys during play, reset, a kernel that was restarted; and
+controls cut off.
+"""
 import re
 import time
 

@@ -35,7 +35,11 @@ class Zoo(nn.Module):
         self.embed = nn.Linear(6, 4)
         self.fc, self.narrow = nn.Linear(6, 5), nn.Linear(6, 1)
         self.conv1, self.conv2 = nn.Conv1d(4, 6, 3), nn.Conv2d(3, 8, (2, 3))
-        self.grouped, self.dilated, self.turned = nn.Conv2d(4, 8, 3, groups=2), nn.Conv1d(4, 8, 3, dilation=2), nn.ConvTranspose1d(4, 8, 3)
+        self.grouped, self.dilated, self.turned = (
+            nn.Conv2d(4, 8, 3, groups=2),
+            nn.Conv1d(4, 8, 3, dilation=2),
+            nn.ConvTranspose1d(4, 8, 3),
+        )
         self.norm, self.batch = nn.LayerNorm(6), nn.BatchNorm1d(6)
         self.lstm, self.attention = nn.LSTM(4, 4), nn.MultiheadAttention(4, 2)
         self.table, self.experts = nn.Parameter(torch.randn(3, 7)), nn.Parameter(torch.randn(2, 4, 5))
@@ -56,20 +60,25 @@ def test_it_yields_name_before_and_difference_in_the_models_order():
 @pytest.mark.parametrize("sort", ["model", "file"])
 def test_every_tensor_is_yielded_or_reported(sort, tmp_path):
     base, tuned = Zoo(), perturbed(Zoo())
-    sides = (base, tuned) if sort == "model" else (saved(base, tmp_path / "a.safetensors"), saved(tuned, tmp_path / "b.safetensors"))
+    sides = (base, tuned) if sort == "model" else (saved(base, tmp_path / "a.safetensors"),
+                                                   saved(tuned, tmp_path / "b.safetensors"))
     pair = deltas(*sides)
     yielded = {d.name: tuple(d.delta.shape) for d in pair}
     others = {other.name: other.kind for other in pair.others}
     for name in base.state_dict():
         assert (name.removesuffix(".weight") in yielded) != (name in others), name
-    assert yielded.items() >= {"fc": (5, 6), "conv1": (6, 12), "conv2": (8, 18), "head": (10, 6), "lstm.weight_ih_l0": (16, 4),
+    assert yielded.items() >= {"fc": (5, 6), "conv1": (6, 12), "conv2": (8, 18), "head": (10, 6),
+                               "lstm.weight_ih_l0": (16, 4),
                                "table": (3, 7), "attention.in_proj_weight": (12, 4)}.items()
-    assert others.items() >= {"embed_tokens.weight": "embedding", "fc.bias": "bias", "lstm.bias_ih_l0": "bias", "norm.weight": "norm",
-                              "narrow.weight": "vector", "batch.num_batches_tracked": "int64 numbers" if sort == "model" else "I64 numbers",
+    assert others.items() >= {"embed_tokens.weight": "embedding", "fc.bias": "bias", "lstm.bias_ih_l0": "bias",
+                              "norm.weight": "norm",
+                              "narrow.weight": "vector", "batch.num_batches_tracked": "int64 numbers" if sort == "model"
+                              else "I64 numbers",
                               "experts": "stack of matrices (3 axes)"}.items()
     assert ("embed" in yielded) == (sort == "model")        # a linear layer of that name
     if sort == "model":     # the modules know what names and shapes do not
-        assert others.items() >= {"codes.weight": "embedding", "turned.weight": "transposed convolution", "batch.weight": "norm",
+        assert others.items() >= {"codes.weight": "embedding", "turned.weight": "transposed convolution",
+                                  "batch.weight": "norm",
                                   "grouped.weight": "convolution with groups, dilation or padding of its own",
                                   "dilated.weight": "convolution with groups, dilation or padding of its own"}.items()
         assert pair.matrices["attention.out_proj.weight"] == pair.matrices["table"] == "matrix outside a linear layer"
@@ -77,9 +86,12 @@ def test_every_tensor_is_yielded_or_reported(sort, tmp_path):
 
 @pytest.mark.parametrize("name, kind", [
     ("model.embed_tokens.weight", "embedding"), ("transformer.wpe.weight", "embedding"), ("shared.weight", "embedding"),
-    ("bert.embeddings.word_embeddings.weight", "embedding"), ("bert.embeddings.position_embeddings.weight", "embedding"),
-    ("tok_embeddings.weight", "embedding"), ("embedding.embeddings", "embedding"), ("gpt_neox.embed_in.weight", "embedding"),
-    ("lm_head.weight", None), ("embed_out.weight", None), ("time_embedding.linear_1.weight", None), ("patch_embed.proj.weight", None),
+    ("bert.embeddings.word_embeddings.weight", "embedding"),
+    ("bert.embeddings.position_embeddings.weight", "embedding"),
+    ("tok_embeddings.weight", "embedding"), ("embedding.embeddings", "embedding"),
+    ("gpt_neox.embed_in.weight", "embedding"),
+    ("lm_head.weight", None), ("embed_out.weight", None), ("time_embedding.linear_1.weight", None),
+    ("patch_embed.proj.weight", None),
 ])
 def test_embeddings_in_files_are_known_by_name(name, kind, tmp_path):
     for i, file in enumerate("ab"):
@@ -109,7 +121,8 @@ def test_conv1d_is_turned_to_out_in(tmp_path):
     got = {d.name: d.weight for d in deltas(base, perturbed(base))}
     assert torch.equal(got["transformer.h.0.attn.c_attn"], base.transformer.h[0].attn.c_attn.weight.T)
     assert got["transformer.h.0.mlp.c_fc"].shape == (64, 16)
-    linear = {"h.0.attn.c_attn.weight": torch.randn(48, 16), "h.0.attn.c_proj.weight": torch.randn(16, 16)}    # the same names on nn.Linear
+    # the same names on nn.Linear
+    linear = {"h.0.attn.c_attn.weight": torch.randn(48, 16), "h.0.attn.c_proj.weight": torch.randn(16, 16)}
     save_file(linear, tmp_path / "x.safetensors")
     for name, weight, _ in deltas(tmp_path / "x.safetensors", tmp_path / "x.safetensors"):
         assert torch.equal(weight, linear[name + ".weight"])
@@ -125,9 +138,11 @@ def test_squared_changes_are_those_of_the_definition():
     base, tuned = hf_llama(), perturbed(hf_llama())
     pair = deltas(base, tuned)
     report = pair.report()
-    squares = {name: (tuned.state_dict()[name] - t).double().square().sum().item() for name, t in base.state_dict().items()}
+    squares = {name: (tuned.state_dict()[name] - t).double().square().sum().item()
+               for name, t in base.state_dict().items()}
     others = {o.name: o.squared for o in pair.others}
-    assert "model.embed_tokens.weight" in others and "lm_head.weight" not in others          # untied: a matrix like others
+    assert "model.embed_tokens.weight" in others
+    assert "lm_head.weight" not in others          # untied: a matrix like others
     for name, squared in (others | {name: m.squared for name, m in pair.measured.items()}).items():
         assert squared == pytest.approx(squares.pop(name), rel=1e-5)
     assert not squares
@@ -148,8 +163,10 @@ def test_dtypes(dtypes, want):
 
 def test_what_has_no_difference_says_why(tmp_path):
     same = {"a.weight": torch.randn(3, 4)}
-    save_file(same | {"old.weight": torch.randn(3, 4), "embed_tokens.weight": torch.randn(32, 6)}, tmp_path / "a.safetensors")
-    save_file(same | {"new.bias": torch.randn(3), "embed_tokens.weight": torch.randn(34, 6)}, tmp_path / "b.safetensors")
+    save_file(same | {"old.weight": torch.randn(3, 4), "embed_tokens.weight": torch.randn(32, 6)},
+              tmp_path / "a.safetensors")
+    save_file(same | {"new.bias": torch.randn(3), "embed_tokens.weight": torch.randn(34, 6)},
+              tmp_path / "b.safetensors")
     pair = deltas(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert {o.name: (o.kind, o.squared) for o in pair.others} == {
         "old.weight": ("only in the base model", None), "new.bias": ("only in the tuned model", None),
@@ -163,7 +180,8 @@ def test_ties(tmp_path):
     tied, untied = our_llama(tied=True), our_llama(tied=False)
     file = saved(perturbed(tied), tmp_path / "x.safetensors")           # holds one of the two names
     for tuned in (perturbed(tied), file):
-        assert [o.kind for o in deltas(tied, tuned).others if o.name == "lm_head.weight"] == ["tied to model.embed_tokens.weight"]
+        assert [o.kind for o in deltas(tied, tuned).others
+                if o.name == "lm_head.weight"] == ["tied to model.embed_tokens.weight"]
     untied.load_state_dict(perturbed(tied).state_dict())
     other, = (o for o in deltas(tied, untied).others if o.name == "lm_head.weight")
     assert other.kind == "tied in the base model only" and other.squared > 0
@@ -171,7 +189,9 @@ def test_ties(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])
-@pytest.mark.parametrize("name, value", [("fc.weight", float("nan")), ("fc.bias", float("inf")), ("embed_tokens.weight", float("-inf"))])
+@pytest.mark.parametrize("name, value",
+                         [("fc.weight", float("nan")), ("fc.bias", float("inf")),
+                          ("embed_tokens.weight", float("-inf"))])
 def test_nan_and_infinity_are_named_with_their_side(side, name, value):
     models = {"base": Zoo(), "tuned": nn.Sequential(Zoo())[0]}
     models[side].state_dict()[name].view(-1)[1] = value
@@ -186,7 +206,8 @@ def test_numbers_whose_squares_leave_float32_are_fine():
         nn.init.constant_(model[0].weight, value)
     pair = deltas(base, tuned)
     assert next(iter(pair)).delta[0, 0] == torch.tensor(2e25) - torch.tensor(1e25)
-    assert pair.measured["0.weight"].squared == pytest.approx(16e50, rel=1e-5) and pair.measured["0.weight"].cosine == pytest.approx(1)
+    assert pair.measured["0.weight"].squared == pytest.approx(16e50, rel=1e-5)
+    assert pair.measured["0.weight"].cosine == pytest.approx(1)
     assert dot(torch.full((5,), 1e-30), torch.full((5,), 1e-30)) == pytest.approx(5e-60, rel=1e-6, abs=0)
 
 
@@ -207,7 +228,8 @@ def test_unrelated_models_are_warned_about_after_the_iteration():
 
 
 def test_no_common_name_is_refused():
-    with pytest.raises(ValueError, match="no tensor name in common: Llama begins with model.embed_tokens.weight, Linear with weight"):
+    with pytest.raises(ValueError, match="no tensor name in common: Llama begins with model.embed_tokens.weight, "
+                       "Linear with weight"):
         deltas(our_llama(), nn.Linear(2, 3))
     with pytest.raises(ValueError, match="begins with nothing at all"):
         deltas(nn.ReLU(), nn.ReLU())

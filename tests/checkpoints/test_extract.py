@@ -1,4 +1,6 @@
-"""extract_lora: PEFT loads what it writes and gives the truncated model's logits; it streams, and leaves nothing behind when it fails."""
+"""extract_lora: PEFT loads what it writes and gives the truncated model's logits; it streams, and leaves nothing
+behind when it fails.
+"""
 import copy
 import json
 import os
@@ -27,7 +29,8 @@ def changed_matrices(base, size=0.15, but=()):
     """A copy in which every linear layer, convolution and Conv1D changed, and nothing else."""
     tuned, generator = copy.deepcopy(base), torch.Generator().manual_seed(3)
     for name, module in tuned.named_modules():
-        if (isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_conv1d(module)) and name not in ("lm_head", *but):
+        if (isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_conv1d(module)) and name not in ("lm_head",
+                                                                                                         *but):
             module.weight.data += size * torch.randn(module.weight.shape, generator=generator)
     return tuned
 
@@ -78,7 +81,8 @@ def test_fable_through_the_randomised_svd(tmp_path):
     cut = truncated(base, tuned, 8)
     adapted = peft.PeftModel.from_pretrained(load_pretrained()[0], tmp_path / "lora").eval()
     torch.testing.assert_close(logits(adapted), logits(cut), rtol=0, atol=1e-4)
-    squares = [np.square(np.linalg.svd(delta.double().numpy(), compute_uv=False)) for _, _, delta in deltas(base, tuned)]
+    squares = [np.square(np.linalg.svd(delta.double().numpy(), compute_uv=False)) for _, _,
+               delta in deltas(base, tuned)]
     assert report.energy == pytest.approx(sum(s[:8].sum() for s in squares) / sum(s.sum() for s in squares), abs=1e-5)
     assert list(report.kept.values()) == pytest.approx([s[:8].sum() / s.sum() for s in squares], abs=1e-5)
     assert report.targets == 28 and "rank 8 on 28 matrices keeps" in str(report) and "tied to" in report._repr_html_()
@@ -114,21 +118,28 @@ def test_the_files_are_pefts(tmp_path):
     stored = load_file(tmp_path / "new" / "lora" / "adapter_model.safetensors")
     A, B = (stored[f"base_model.model.model.layers.0.mlp.up_proj.lora_{factor}.weight"] for factor in "AB")
     assert A.dtype == B.dtype == torch.float32 and A.shape == (4, 16) and B.shape == (24, 4)
-    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=1e-4, atol=1e-5)        # the singular values, half on each side
-    assert sorted(f.name for f in (tmp_path / "new" / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    # the singular values, half on each side
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=1e-4, atol=1e-5)
+    assert sorted(f.name for f in (tmp_path / "new" / "lora").iterdir()) == ["adapter_config.json",
+                                                                             "adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize("source", ["models", "files"])
 def test_unchanged_matrices_are_left_out(source, tmp_path):
     """No ending chooses the changed ones alone, so the full names are written."""
     base = hf_llama()
-    tuned = changed_matrices(base, but=[name for name, _ in base.named_modules() if not name.endswith(("0.self_attn.q_proj", "up_proj"))])
-    sides = (base, tuned) if source == "models" else [saved(m, tmp_path / f"{i}.safetensors") for i, m in enumerate((base, tuned))]
+    tuned = changed_matrices(base,
+                             but=[name for name, _ in base.named_modules()
+                                  if not name.endswith(("0.self_attn.q_proj", "up_proj"))])
+    sides = (base, tuned) if source == "models" else [saved(m, tmp_path / f"{i}.safetensors")
+                                                      for i, m in enumerate((base, tuned))]
     report = extract_lora(*sides, rank=2, out=tmp_path / "lora")
     want = {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
-    assert set(report.kept) == set(report.shapes) == want and report.change.changed == 3 and report.change.matrices == 15
+    assert set(report.kept) == set(report.shapes) == want and report.change.changed == 3
+    assert report.change.matrices == 15
     adapted = peft.PeftModel.from_pretrained(hf_llama(), tmp_path / "lora")
-    assert {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if hasattr(m, "lora_A")} == want
+    assert {name.removeprefix("base_model.model.") for name, m in adapted.named_modules()
+            if hasattr(m, "lora_A")} == want
 
 
 @pytest.mark.parametrize("names, modules, want", [
@@ -164,15 +175,19 @@ def test_energy_takes_the_smallest_rank_that_keeps_it(energy, tmp_path):
     kept = squares.cumsum() / squares.sum()
     want = int(np.searchsorted(kept, energy - 1e-9)) + 1
     if want > 4:        # the last layer has 4 rows
-        with pytest.raises(ValueError, match=f"energy={energy:g} needs rank {want}, which does not fit out.*fits every matrix here is 4"):
+        with pytest.raises(ValueError, match=f"energy={energy:g} needs rank {want}, which does not fit out.*fits every "
+                           "matrix here is 4"):
             extract_lora(base, tuned, energy=energy, out=tmp_path / "lora")
         return
     report = extract_lora(base, tuned, energy=energy, out=tmp_path / "lora")
-    assert report.rank == want and report.energy == pytest.approx(kept[want - 1], abs=1e-5) and report.energy >= energy - 1e-6
+    assert report.rank == want and report.energy == pytest.approx(kept[want - 1], abs=1e-5)
+    assert report.energy >= energy - 1e-6
 
 
 def test_what_no_adapter_can_carry_is_in_the_report(tmp_path):
-    """Recurrent weights have no place in an adapter: they are yielded by `deltas` and reported here, with their share."""
+    """Recurrent weights have no place in an adapter: they are yielded by `deltas` and reported here, with their
+    share.
+    """
     base = nn.ModuleDict({"lstm": nn.LSTM(4, 5), "fc": nn.Linear(5, 3), "wte": nn.Embedding(7, 4)})
     tuned = perturbed(base)
     report = extract_lora(base, tuned, rank=2, out=tmp_path)
@@ -187,11 +202,14 @@ def test_what_no_adapter_can_carry_is_in_the_report(tmp_path):
 
 
 @pytest.mark.parametrize("wishes, message", [
-    ({}, "rank=None, energy=None: give exactly one"), ({"rank": 2, "energy": 0.5}, "rank=2, energy=0.5: give exactly one"),
-    ({"rank": 0}, "rank=0 is no rank"), ({"rank": 2.0}, "rank=2.0 is no rank"), ({"rank": True}, "rank=True is no rank"),
+    ({}, "rank=None, energy=None: give exactly one"),
+    ({"rank": 2, "energy": 0.5}, "rank=2, energy=0.5: give exactly one"),
+    ({"rank": 0}, "rank=0 is no rank"), ({"rank": 2.0}, "rank=2.0 is no rank"),
+    ({"rank": True}, "rank=True is no rank"),
     ({"energy": 0.0}, "energy=0.0 is no share"), ({"energy": 90}, "energy=90 is no share"),
     ({"energy": float("nan")}, "energy=nan is no share"),
-    ({"rank": 5}, "rank=5 does not fit out, which is 4 x 7 and changed: the largest rank that fits every matrix here is 4"),
+    ({"rank": 5}, "rank=5 does not fit out, which is 4 x 7 and changed: the largest rank that fits every matrix here "
+     "is 4"),
 ])
 def test_wishes_that_do_not_fit_are_refused(wishes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -234,8 +252,10 @@ def test_nothing_is_left_behind(step, there, error, monkeypatch, tmp_path):
         file.write_bytes(b"half")
         raise error
 
-    spot, name, replacement = {"svd": (extract, "best_part", fail), "tensors": (adapter_file, "save_file", write_half_then_fail),
-                               "config": (adapter_file.json, "dumps", fail), "move": (adapter_file.Path, "replace", fail)}[step]
+    spot, name, replacement = {"svd": (extract, "best_part", fail),
+                               "tensors": (adapter_file, "save_file", write_half_then_fail),
+                               "config": (adapter_file.json, "dumps", fail),
+                               "move": (adapter_file.Path, "replace", fail)}[step]
     monkeypatch.setattr(spot, name, replacement)
     with pytest.raises(type(error)):
         extract_lora(Net(), changed_matrices(Net()), rank=2, out=out)
@@ -265,7 +285,8 @@ from lora_edu.checkpoints.extract import extract_lora
 torch.set_num_threads(1)
 
 def peak():
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if
+    line.startswith("VmHWM"))
 
 def walk(folder):
     for name, weight, delta in deltas(folder / "a", folder / "b"):
@@ -288,7 +309,8 @@ def write_pair(folder, side, count, dtype, shards):
     generator = torch.Generator().manual_seed(0)
     for name, size in (("a", 0.0), ("b", 0.1)):
         (folder / name).mkdir(parents=True)
-        tensors = {f"layers.{i}.weight": torch.randn(side, side, generator=torch.Generator().manual_seed(i)) for i in range(count)}
+        tensors = {f"layers.{i}.weight": torch.randn(side, side, generator=torch.Generator().manual_seed(i))
+                   for i in range(count)}
         tensors = {n: (t + size * torch.randn(t.shape, generator=generator)).to(dtype) for n, t in tensors.items()}
         files = {n: f"model-{i}.safetensors" if shards else "model.safetensors" for i, n in enumerate(tensors)}
         for file in set(files.values()):
@@ -297,7 +319,8 @@ def write_pair(folder, side, count, dtype, shards):
             (folder / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process's memory is read from Linux's /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process's memory is read from Linux's "
+                    "/proc")
 @pytest.mark.parametrize("what, dtype, shards", [("walk", torch.float32, False), ("walk", torch.bfloat16, True),
                                                  ("extract", torch.float32, False)])
 def test_a_pair_is_streamed(what, dtype, shards, tmp_path):
@@ -307,9 +330,12 @@ def test_a_pair_is_streamed(what, dtype, shards, tmp_path):
     write_pair(tmp_path / "large", side, count, dtype, shards)
     # glibc would keep what was freed, up to two matrices, for the next one: here it gives large blocks back at once
     done = subprocess.run([sys.executable, "-c", PEAK, what, str(tmp_path / "small"), str(tmp_path / "large")],
-                          capture_output=True, text=True, timeout=120, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
+                          capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
     assert done.returncode == 0, done.stderr
-    output = 2 * count * rank * 2 * side * 4 if what == "extract" else 0      # the factors, and the serialised copy of them
+    # the factors, and the serialised copy of them
+    output = 2 * count * rank * 2 * side * 4 if what == "extract" else 0
     grown = int(done.stdout)
     assert grown < 3 * 4 * side * side + output
-    assert grown > 0.9 * 2 * 4 * side * side                                  # the measure sees the two that it must hold
+    # the measure sees the two that it must hold
+    assert grown > 0.9 * 2 * 4 * side * side

@@ -10,7 +10,8 @@ from torch import nn
 from lora_edu.checkpoints.reading import open_side
 from tests.lora.tiny import gpt2, our_llama
 
-TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16), "steps": torch.tensor(7)}
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16),
+           "steps": torch.tensor(7)}
 
 
 def as_file(folder):
@@ -58,7 +59,8 @@ def test_every_sort_of_source_gives_the_same(write, tmp_path):
         assert side.shapes[name] == tuple(tensor.shape) and side.layer(name) is None
     assert side.dtype("a.bias") == torch.bfloat16 and side.dtype("a.weight") == torch.float32
     assert side.tied == {} and side.module_names == ["a"]
-    assert all(file.is_file() for file in side.files) and len(side.files) == (3 if write in (as_shards, as_two_pickles) else 1)
+    assert all(file.is_file() for file in side.files)
+    assert len(side.files) == (3 if write in (as_shards, as_two_pickles) else 1)
 
 
 def test_a_model_is_a_side_with_modules_and_its_ties():
@@ -79,7 +81,11 @@ def test_ties_in_files(tmp_path):
     save_file({name: t.clone() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     assert open_side(tmp_path).tied == {}
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
-    assert open_side(tmp_path).tied == open_side(tmp_path / "model.safetensors").tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert (
+        open_side(tmp_path).tied
+        == open_side(tmp_path / "model.safetensors").tied
+        == {"lm_head.weight": "model.embed_tokens.weight"}
+    )
 
 
 class Evil:
@@ -91,7 +97,8 @@ class Evil:
 def test_a_pickle_that_could_run_code_is_refused_and_not_run(old, tmp_path, capsys):
     file = tmp_path / "x.bin"
     torch.save({"a": torch.ones(2), "b": Evil()}, file, _use_new_zipfile_serialization=not old)
-    with pytest.raises(ValueError, match=r"x\.bin is damaged, or a pickle that holds more than plain tensors and could run code") as told:
+    with pytest.raises(ValueError, match=r"x\.bin is damaged, or a pickle that holds more than plain tensors and could "
+                       r"run code") as told:
         open_side(file)
     assert "\n" not in str(told.value) and not capsys.readouterr().out
 

@@ -23,9 +23,11 @@ def test_peft_reads_what_we_write(targets, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("kind, targets", [("transformers' Llama", ["q_proj", "up_proj"]), ("GPT-2", ["c_attn"]), ("GPT-2", ["c_proj"])])
+@pytest.mark.parametrize("kind, targets",
+                         [("transformers' Llama", ["q_proj", "up_proj"]), ("GPT-2", ["c_attn"]), ("GPT-2", ["c_proj"])])
 def test_we_read_what_peft_writes(kind, targets, tmp_path):
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False, fan_in_fan_out=kind == "GPT-2")
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False,
+                             fan_in_fan_out=kind == "GPT-2")
     theirs = peft.get_peft_model(MODELS[kind](), config).eval()
     theirs.save_pretrained(tmp_path)
     ours = MODELS[kind]().eval()

@@ -1,4 +1,6 @@
-"""apply_lora, merge_lora, unmerge_lora, remove_lora on whole models: ours, transformers' GPT-2 and Llama, plain ones."""
+"""apply_lora, merge_lora, unmerge_lora, remove_lora on whole models: ours, transformers' GPT-2 and Llama, plain
+ones.
+"""
 import copy
 
 import peft
@@ -54,7 +56,9 @@ def test_a_fresh_adapter_changes_nothing_and_only_factors_train(kind):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_merge_unmerge_remove(kind):
-    """Merged = unmerged up to rounding; unmerged and removed (merge=False) are the old bits; removed (merge=True) = merged, to the bit."""
+    """Merged = unmerged up to rounding; unmerged and removed (merge=False) are the old bits; removed (merge=True) =
+    merged, to the bit.
+    """
     model = MODELS[kind]().eval()
     plain, weights = logits(model), copy.deepcopy(model.state_dict())
     tree = [(name, type(module)) for name, module in model.named_modules()]
@@ -92,7 +96,8 @@ def test_remove_while_merged_gives_the_merged_or_the_old_weights():
 def test_the_report_counts_what_numel_counts():
     model = our_llama()
     report = apply_lora(model, ["q_proj", "down_proj"], rank=3, alpha=6)
-    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 3 * ((16 + 16) + (16 + 24))
+    assert report.trainable == sum(p.numel() for p in model.parameters()
+                                   if p.requires_grad) == 2 * 3 * ((16 + 16) + (16 + 24))
     assert report.total == sum(p.numel() for p in model.parameters())
     assert report.adapter_bytes == 4 * report.trainable and report.merge_bytes == 4 * 2 * (16 * 16 + 16 * 24)
     assert report.scaling == 2 and report.matched["model.layers.0.mlp.down_proj"] == (16, 24)
@@ -101,7 +106,8 @@ def test_the_report_counts_what_numel_counts():
 
 def test_peft_counts_the_same():
     model = hf_llama()
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=3, target_modules="all-linear")).get_nb_trainable_parameters()
+    theirs = peft.get_peft_model(copy.deepcopy(model),
+                                 peft.LoraConfig(r=3, target_modules="all-linear")).get_nb_trainable_parameters()
     report = apply_lora(model, rank=3)
     assert (report.trainable, report.total) == theirs
 
@@ -224,7 +230,12 @@ def test_shared_weights_are_one_storage_under_two_models():
     model = our_llama()
     twin = share_weights(model)
     for (name, ours), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
-        assert ours is not theirs and ours.data_ptr() == theirs.data_ptr() and theirs.requires_grad and not ours.requires_grad, name
+        assert (
+            ours is not theirs
+            and ours.data_ptr() == theirs.data_ptr()
+            and theirs.requires_grad
+            and not ours.requires_grad
+        ), name
     assert twin.lm_head.weight is twin.model["embed_tokens"].weight, "what was tied stays tied"
     apply_lora(twin)
     assert names(twin) and not names(model)

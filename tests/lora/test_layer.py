@@ -68,7 +68,8 @@ def loralib_layer(base, rank, alpha):
         layer = loralib.Linear(*base.weight.shape, r=rank, lora_alpha=alpha, fan_in_fan_out=True, merge_weights=False)
         layer.weight.data = base.weight.data.clone()
     else:
-        layer = loralib.Linear(base.in_features, base.out_features, r=rank, lora_alpha=alpha, bias=base.bias is not None)
+        layer = loralib.Linear(base.in_features, base.out_features, r=rank, lora_alpha=alpha,
+                               bias=base.bias is not None)
         layer.weight.data = base.weight.data.clone()
     if base.bias is not None:
         layer.bias.data = base.bias.data.clone()
@@ -98,7 +99,8 @@ def test_outputs_gradients_and_20_adamw_steps_equal_those_of(kind, base):
 
     optimizers = [torch.optim.AdamW(p, lr=1e-2) for p in ([layer.lora_A, layer.lora_B], [A, B])]
     for _ in range(20):
-        x, target = torch.randn(6, layer.in_features, dtype=torch.float64), torch.randn(6, layer.out_features, dtype=torch.float64)
+        x, target = torch.randn(6, layer.in_features, dtype=torch.float64), torch.randn(6, layer.out_features,
+                                                                                        dtype=torch.float64)
         for module, optimizer in zip((layer, other), optimizers):
             optimizer.zero_grad()
             y = module(x)
@@ -202,7 +204,8 @@ def test_merged_equals_unmerged(in_features, out_features, data, alpha, dtype, c
     with torch.no_grad():
         apart = layer(x)
         layer.merge()
-        torch.testing.assert_close(layer(x), apart, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * max(1.0, apart.abs().max().item()))
+        torch.testing.assert_close(layer(x), apart, rtol=TOLERANCE[dtype],
+                                   atol=TOLERANCE[dtype] * max(1.0, apart.abs().max().item()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -220,7 +223,8 @@ def test_merged_or_not_the_state_dict_is_the_same_and_the_merged_weight_moves_wi
     layer = trained(linear(), dtype=torch.float32)
     apart = {k: v.clone() for k, v in layer.state_dict().items()}
     layer.merge()
-    assert layer.state_dict().keys() == apart.keys() and all(torch.equal(v, apart[k]) for k, v in layer.state_dict().items())
+    assert layer.state_dict().keys() == apart.keys()
+    assert all(torch.equal(v, apart[k]) for k, v in layer.state_dict().items())
     assert layer.double().merged_weight.dtype == torch.float64
 
 

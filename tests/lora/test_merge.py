@@ -31,12 +31,15 @@ def adapted(kind="ours", targets="all-linear", **how):
 def by_hand(model):
     """The merged weights, name -> float64: W₀ + alpha / rank times a sum of outer products."""
     for name, layer in lora_layers(model):
-        delta = layer.alpha / layer.rank * sum(torch.outer(b, a) for b, a in zip(layer.lora_B.double().T, layer.lora_A.double()))
+        delta = layer.alpha / layer.rank * sum(torch.outer(b, a)
+                                               for b, a in zip(layer.lora_B.double().T, layer.lora_A.double()))
         yield name, layer.weight.double() + (delta.T if isinstance(layer.base_layer, Conv1D) else delta)
 
 
 def everything(model):
-    """All that a refused call might spoil: modules, modes, parameters by identity and bits, merged buffers, gradient flags."""
+    """All that a refused call might spoil: modules, modes, parameters by identity and bits, merged buffers, gradient
+    flags.
+    """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return ([(name, id(module), module.training) for name, module in model.named_modules()],
             [(name, id(t), t.requires_grad, t.dtype, t.detach().double().numpy().tobytes()) for name, t in tensors])
@@ -54,8 +57,10 @@ def test_unloaded_is_the_plain_model_with_other_numbers(kind):
     want = dict(by_hand(model))
     remove_lora(model, merge=True)
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in plain.named_modules()]
-    assert all(after is before for after, before in zip(model.modules(), modules, strict=True)), "the very modules it had"
-    assert [(n, t.shape, t.dtype) for n, t in model.state_dict().items()] == [(n, t.shape, t.dtype) for n, t in plain.state_dict().items()]
+    assert all(after is before
+               for after, before in zip(model.modules(), modules, strict=True)), "the very modules it had"
+    assert [(n, t.shape, t.dtype) for n, t in model.state_dict().items()] == [(n, t.shape, t.dtype)
+                                                                              for n, t in plain.state_dict().items()]
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == storage, "written in place"
     assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
     for module in model.modules():
@@ -200,16 +205,23 @@ def spoil(model, value):
 REFUSED = {
     "merge, dropout in training mode": (lambda m: last(m).train(), merge_lora, RuntimeError,
                                         r"training mode with dropout=0\.1.*model\.eval\(\)"),
-    "remove, dropout in training mode": (lambda m: last(m).train(), lambda m: remove_lora(m, merge=True), RuntimeError, r"model\.eval\(\)"),
-    "one layer, dropout in training mode": (lambda m: last(m).train(), lambda m: last(m).merge(), RuntimeError, r"model\.eval\(\)"),
-    "merge, a NaN": (lambda m: spoil(m, float("nan")), merge_lora, ValueError, r"layers\.1\.mlp\.down_proj: .*not finite.*learning rate"),
-    "remove, a NaN": (lambda m: spoil(m, float("nan")), lambda m: remove_lora(m, merge=True), ValueError, r"down_proj: .*not finite"),
-    "one layer, infinite": (lambda m: spoil(m, float("inf")), lambda m: last(m).merge(), ValueError, "16 x 24 weight is not finite"),
+    "remove, dropout in training mode": (lambda m: last(m).train(), lambda m: remove_lora(m, merge=True), RuntimeError,
+                                         r"model\.eval\(\)"),
+    "one layer, dropout in training mode": (lambda m: last(m).train(), lambda m: last(m).merge(), RuntimeError,
+                                            r"model\.eval\(\)"),
+    "merge, a NaN": (lambda m: spoil(m, float("nan")), merge_lora, ValueError, r"layers\.1\.mlp\.down_proj: .*not "
+                     r"finite.*learning rate"),
+    "remove, a NaN": (lambda m: spoil(m, float("nan")), lambda m: remove_lora(m, merge=True), ValueError, r"down_proj: "
+                      r".*not finite"),
+    "one layer, infinite": (lambda m: spoil(m, float("inf")), lambda m: last(m).merge(), ValueError, "16 x 24 weight "
+                            "is not finite"),
     "merge twice": (merge_lora, merge_lora, RuntimeError, r"merged already.*and 6 more.*unmerge_lora\(model\)"),
     "merge, one is merged": (lambda m: last(m).merge(), merge_lora, RuntimeError, "merged already: .*down_proj"),
     "unmerge what is apart": (lambda m: None, unmerge_lora, RuntimeError, r"not merged.*merge_lora\(model\)"),
-    "unmerge, one is apart": (lambda m: (merge_lora(m), last(m).unmerge()), unmerge_lora, RuntimeError, "not merged: .*down_proj"),
-    "remove a merged one, dropout in training mode": (lambda m: (merge_lora(m), m.train()), lambda m: remove_lora(m, merge=True),
+    "unmerge, one is apart": (lambda m: (merge_lora(m), last(m).unmerge()), unmerge_lora, RuntimeError, "not merged: "
+                              ".*down_proj"),
+    "remove a merged one, dropout in training mode": (lambda m: (merge_lora(m), m.train()),
+                                                      lambda m: remove_lora(m, merge=True),
                                                       RuntimeError, r"model\.eval\(\)"),
 }
 
@@ -232,7 +244,8 @@ def test_a_sum_beyond_float16_is_refused_and_says_which_dtypes_fit():
     lora_parameters(model)[-2].data.fill_(1.0)
     before = everything(model)
     for call in (merge_lora, lambda m: remove_lora(m, merge=True)):
-        with pytest.raises(ValueError, match=r"down_proj: .*not finite in float16 \(largest: 6.55e\+04\).*bfloat16 or float32"):
+        with pytest.raises(ValueError, match=r"down_proj: .*not finite in float16 \(largest: 6.55e\+04\).*bfloat16 or "
+                           r"float32"):
             call(model)
         assert everything(model) == before
 
@@ -296,10 +309,12 @@ def test_the_report_of_a_bfloat16_model_counts_what_numpy_counts():
     assert {name: part.lost for name, part in report.parts.items()} == lost and 0.2 < report.total.rounded_away < 0.95
     everywhere = [np.concatenate([values[name].ravel() for name in before]) for values in (before, update, after)]
     W, D, M = everywhere
-    assert report.total.entries == report.total.asked == len(W) and report.total.rounded_away == sum(lost.values()) / len(W)
+    assert report.total.entries == report.total.asked == len(W)
+    assert report.total.rounded_away == sum(lost.values()) / len(W)
     assert report.total.size == pytest.approx(np.linalg.norm(D) / np.linalg.norm(W), rel=1e-5)
     assert report.total.error == pytest.approx(np.linalg.norm(M - W - D) / np.linalg.norm(D), rel=1e-5)
-    assert report.extra_bytes == sum(b.nbytes for n, b in model.named_buffers() if n.endswith("merged_weight")) == 2 * len(W)
+    assert report.extra_bytes == sum(b.nbytes for n, b in model.named_buffers()
+                                     if n.endswith("merged_weight")) == 2 * len(W)
     unmerge_lora(model)
     unloaded = remove_lora(model, merge=True)
     assert unloaded.parts == report.parts and unloaded.extra_bytes == 0

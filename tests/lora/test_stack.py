@@ -1,4 +1,6 @@
-"""Adapters in a stack against the same adapters one at a time: starts, losses, weights, rows, files; and against PEFT's rsLoRA."""
+"""Adapters in a stack against the same adapters one at a time: starts, losses, weights, rows, files; and against
+PEFT's rsLoRA.
+"""
 import copy
 import math
 
@@ -18,13 +20,16 @@ from lora_edu.training.stacked import side_by_side, train_stack
 from tests.lora.tiny import MODELS, gpt2, hf_llama, our_llama
 
 ADAPTERS = [LoRASettings(1, 3.0, lr=0.01, seed=1), LoRASettings(4, 8.0, ("q_proj", "v_proj"), lr=0.01, seed=2),
-            LoRASettings(3, 5.0, ["down_proj"], rslora=True, lr=0.03, seed=3), LoRASettings(8, 4.0, rslora=True, lr=0.005, seed=1),
+            LoRASettings(3, 5.0, ["down_proj"], rslora=True, lr=0.03, seed=3),
+            LoRASettings(8, 4.0, rslora=True, lr=0.005, seed=1),
             LoRASettings(2, 16.0, r"model\.layers\.1\..*", lr=0.008, seed=4)]
 TEXTS = torch.randint(50, (5, 9), generator=torch.Generator().manual_seed(7))
 
 
 def batches(seed, steps, rows=3, width=8):
-    """Random tokens, the same four rows again and again so that there is something to learn; some targets do not count."""
+    """Random tokens, the same four rows again and again so that there is something to learn; some targets do not
+    count.
+    """
     generator = torch.Generator().manual_seed(seed)
     pool = torch.randint(50, (4, width + 1), generator=generator)
     for _ in range(steps):
@@ -64,12 +69,14 @@ def says(model, ids=TEXTS):
 
 @pytest.mark.parametrize("dtype, loss_off, weight_off", [(torch.float64, 1e-9, 1e-8), (torch.float32, 2e-5, 1e-4)])
 def test_fifty_steps_equal_those_of_each_adapter_alone(dtype, loss_off, weight_off):
-    """Oracle: `train`. The rates are sane: from about 0.05 on this training is chaotic and turns rounding into 1e-2 of a loss within 50
-    steps, in either precision.
+    """Oracle: `train`. The rates are sane: from about 0.05 on this training is chaotic and turns rounding into 1e-2 of
+    a loss within 50 steps, in either precision.
 
-    Products of other shapes add in another order, so the last digit differs (1e-16 in float64, 1e-7 in float32), and each step
-    carries the difference on: at these rates to 1e-13 and 1e-6. float32 gets a factor of twenty for another CPU's order, and weights
-    a hundred, since Adam divides by small gradients too. A wrong rule (a scaling, a rate, a norm) moves both by 1e-3 and more.
+    Products of other shapes add in another order, so the last digit differs (1e-16 in float64, 1e-7 in float32), and
+    each step
+    carries the difference on: at these rates to 1e-13 and 1e-6. float32 gets a factor of twenty for another CPU's
+    order, and weights a hundred, since Adam divides by small gradients too. A wrong rule (a scaling, a rate, a norm)
+    moves both by 1e-3 and more.
     """
     base = our_llama().to(dtype)
     stack = LoRAStack(copy.deepcopy(base), ADAPTERS)
@@ -81,14 +88,16 @@ def test_fifty_steps_equal_those_of_each_adapter_alone(dtype, loss_off, weight_o
         alone = wrapped(base, adapter)
         want = list(train(alone, batches(adapter.seed, 50), 50, adapter.lr, max_grad_norm=0.05))
         norms += [s.grad_norm for s in want]
-        assert want[-1].loss < want[0].loss - 0.02 and any(norm > 0.05 for norm in norms[-50:])      # it learns, and is clipped
+        assert want[-1].loss < want[0].loss - 0.02
+        assert any(norm > 0.05 for norm in norms[-50:])      # it learns, and is clipped
         assert max(abs(s.losses[i] - w.loss) for s, w in zip(steps, want, strict=True)) < loss_off, i
         for ours, theirs in zip(lora_parameters(stack.unstack(i)), lora_parameters(alone), strict=True):
             assert (ours - theirs).abs().max() < weight_off and theirs.abs().max() > 10 * weight_off, i
     assert any(norm < 0.05 for norm in norms)                                                    # but not always
     for (name, ours), theirs in zip(our_llama().to(dtype).named_parameters(), base.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
-    assert all(torch.equal(layer.base_layer.weight, base.get_submodule(name).weight) for name, layer in stack.layers.items())
+    assert all(torch.equal(layer.base_layer.weight, base.get_submodule(name).weight)
+               for name, layer in stack.layers.items())
 
 
 def test_what_pads_an_adapter_stays_zero():
@@ -96,7 +105,8 @@ def test_what_pads_an_adapter_stays_zero():
     list(train_stack(stack, (side_by_side([batch] * 5) for batch in batches(0, 10)), 10))
     for layer in stack.layers.values():
         for i, rank in enumerate(layer.ranks):
-            assert rank in (0, ADAPTERS[i].rank) and layer.lora_A[i, :rank].count_nonzero() == layer.lora_A[i, :rank].numel()
+            assert rank in (0, ADAPTERS[i].rank)
+            assert layer.lora_A[i, :rank].count_nonzero() == layer.lora_A[i, :rank].numel()
             for factor in (layer.lora_A, layer.lora_B):
                 assert not factor[i, rank:].view(torch.int32).any()        # bit for bit: not even a -0.0
     assert {rank for layer in stack.layers.values() for rank in layer.ranks} == {0, 1, 2, 3, 4, 8}
@@ -143,14 +153,16 @@ def test_groups_and_rows_read_each_their_adapter():
             torch.testing.assert_close(says(stack.model, TEXTS[1:2])[0], alone[3][1])
         assert torch.equal(says(stack.model), mixed)
     torch.testing.assert_close(mixed, torch.stack([alone[i][n] for n, i in enumerate([4, 0, 0, 2, 1])]))
-    torch.testing.assert_close(says(stack.model), torch.stack([alone[i][i] for i in range(5)]))    # a row for each, as before
+    # a row for each, as before
+    torch.testing.assert_close(says(stack.model), torch.stack([alone[i][i] for i in range(5)]))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_rows_of_different_adapters_write_together(use_cache):
     stack, index, prompts = shaken(), [4, 0, 3, 2, 1], TEXTS[:, :4]
     with torch.no_grad():
-        stack.model.lm_head.weight.mul_(20)                # far from ties, and different adapters then say different things
+        # far from ties, and different adapters then say different things
+        stack.model.lm_head.weight.mul_(20)
         with stack.rows(index):
             together = stack.model.generate(prompts, 12, temperature=0, use_cache=use_cache)
         alone = [stack.unstack(i).generate(prompts[n:n + 1], 12, temperature=0)[0] for n, i in enumerate(index)]
@@ -180,7 +192,8 @@ def test_rows_that_do_not_divide_are_refused():
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 def test_unstacked_it_is_an_ordinary_adapter(build, tmp_path):
     """Its own file gives PEFT and us the same logits, and so does merging it; the stack and its base do not notice."""
-    adapters = [LoRASettings(2, 3.0), LoRASettings(3, 7.0, ("c_attn", "c_proj") if build is gpt2 else ("q_proj", "up_proj"), rslora=True)]
+    adapters = [LoRASettings(2, 3.0),
+                LoRASettings(3, 7.0, ("c_attn", "c_proj") if build is gpt2 else ("q_proj", "up_proj"), rslora=True)]
     stack = shaken(build, adapters)
     grouped = says(stack.model, TEXTS.repeat(2, 1)).view(2, 5, 9, 50)
     for i in (0, 1):
@@ -211,7 +224,8 @@ def test_unstacking_shares_the_base_and_leaves_it_where_it_is():
     assert trainable == {name for name in names if "lora_" in name}
     alone.requires_grad_(True).double()                            # a move to another device goes the same way
     assert says(alone).dtype == torch.float64
-    assert all(p.dtype == torch.float32 and p.requires_grad == ("lora_" in name) for name, p in stack.model.named_parameters())
+    assert all(p.dtype == torch.float32 and p.requires_grad == ("lora_" in name)
+               for name, p in stack.model.named_parameters())
     assert torch.equal(says(stack.model), before)
 
 
@@ -219,7 +233,9 @@ def test_its_rslora_is_pefts():
     """Oracle: PEFT with use_rslora=True and the same factors."""
     adapter = LoRASettings(4, 6.0, ("q_proj", "down_proj"), rslora=True)
     stack = shaken(hf_llama, [LoRASettings(2, 3.0), adapter])
-    theirs = peft.get_peft_model(hf_llama(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], use_rslora=True))
+    theirs = peft.get_peft_model(hf_llama(),
+                                 peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"],
+                                                 use_rslora=True))
     for name, layer in stack.layers.items():
         if layer.ranks[1]:
             place = theirs.get_submodule(f"base_model.model.{name}")
@@ -238,14 +254,16 @@ def test_removed_the_base_is_back_bit_for_bit():
     shake(stack)
     list(train_stack(stack, (side_by_side([batch] * 5) for batch in batches(0, 3)), 3))
     stack.remove()
-    assert [(n, type(m), m.training) for n, m in model.named_modules()] == [(n, type(m), m.training) for n, m in base.named_modules()]
+    assert [(n, type(m), m.training) for n, m in model.named_modules()] == [(n, type(m), m.training)
+                                                                            for n, m in base.named_modules()]
     for (name, after), (other, before) in zip(model.named_parameters(), base.named_parameters(), strict=True):
         assert name == other and torch.equal(after, before) and after.grad is None
     assert torch.equal(says(model), says(base))
     LoRAStack(model, ADAPTERS[:1])                                  # and there is place for another
 
 
-@pytest.mark.parametrize("occupy", [lambda model: LoRAStack(model, ADAPTERS), lambda model: apply_lora(model, ["q_proj"])])
+@pytest.mark.parametrize("occupy",
+                         [lambda model: LoRAStack(model, ADAPTERS), lambda model: apply_lora(model, ["q_proj"])])
 def test_there_is_one_stack_on_a_model(occupy):
     occupy(model := our_llama())
     before = list(model.named_modules())
@@ -292,4 +310,5 @@ def test_no_adapters_and_a_model_of_one_layer():
 
 
 def test_targets_given_as_a_list_are_a_key_too():
-    assert LoRASettings(target_modules=["q_proj"]) == LoRASettings(target_modules=("q_proj",)) and len({ADAPTERS[2], ADAPTERS[2]}) == 1
+    assert LoRASettings(target_modules=["q_proj"]) == LoRASettings(target_modules=("q_proj",))
+    assert len({ADAPTERS[2], ADAPTERS[2]}) == 1

@@ -9,14 +9,17 @@ from lora_edu.models import llama
 
 def our_llama(tied=True, vocab_size=50, positions=32, layers=2, kv_heads=1):
     torch.manual_seed(0)
-    return llama.Llama(llama.LlamaConfig(vocab_size=vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
-                                         num_attention_heads=2, num_key_value_heads=kv_heads, max_position_embeddings=positions,
+    return llama.Llama(llama.LlamaConfig(vocab_size=vocab_size, hidden_size=16, intermediate_size=24,
+                                         num_hidden_layers=layers,
+                                         num_attention_heads=2, num_key_value_heads=kv_heads,
+                                         max_position_embeddings=positions,
                                          tie_word_embeddings=tied))
 
 
 def hf_llama(tied=False):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                        num_attention_heads=2,
                                         num_key_value_heads=1, tie_word_embeddings=tied))
 
 

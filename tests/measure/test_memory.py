@@ -21,7 +21,8 @@ TARGETS = (None, "all-linear", ("q_proj", "v_proj"), ("o_proj",), ("down_proj",)
 
 def sizes_like(config):
     return Sizes("llama", config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                 config.num_attention_heads, config.num_key_value_heads, config.max_position_embeddings, config.head_dim,
+                 config.num_attention_heads, config.num_key_value_heads, config.max_position_embeddings,
+                 config.head_dim,
                  config.tie_word_embeddings)
 
 
@@ -82,10 +83,12 @@ def in_transformers(kind):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
     from transformers import LlamaConfig as HFLlamaConfig
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=300, n_embd=48, n_layer=3, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        config = GPT2Config(vocab_size=300, n_embd=48, n_layer=3, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0,
+                            attn_pdrop=0,
                             bos_token_id=0, eos_token_id=0)
         return GPT2LMHeadModel(config), Sizes("gpt2", 300, 48, 192, 3, 4, 4, 64, 12, True)
-    config = HFLlamaConfig(vocab_size=300, hidden_size=48, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+    config = HFLlamaConfig(vocab_size=300, hidden_size=48, intermediate_size=128, num_hidden_layers=3,
+                           num_attention_heads=4,
                            num_key_value_heads=4, max_position_embeddings=64)
     return LlamaForCausalLM(config), Sizes("llama", 300, 48, 128, 3, 4, 4, 64, 12)
 
@@ -119,23 +122,29 @@ def test_lora_keeps_more_than_full_where_its_factors_are_wider():
 def test_bills_by_hand():
     n = 6_738_415_616
     blocks = 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008)
-    full = {recipe: bill("llama-7b", "full", recipe=recipe, batch=1, length=1).parts for recipe in ("fp32", "bf16-mixed", "16-bit")}
-    state = {recipe: parts["weights"] + parts["gradients"] + parts["optimizer states"] for recipe, parts in full.items()}
+    full = {recipe: bill("llama-7b", "full", recipe=recipe, batch=1, length=1).parts
+            for recipe in ("fp32", "bf16-mixed", "16-bit")}
+    state = {recipe: parts["weights"] + parts["gradients"] + parts["optimizer states"]
+             for recipe, parts in full.items()}
     assert state == {"fp32": 16 * n, "bf16-mixed": 16 * n, "16-bit": 8 * n}
     lora = bill("llama-7b", rank=8, targets=("q_proj", "v_proj"), recipe="nf4-double").parts
     trained = 32 * 2 * 8 * (4096 + 4096)
     assert trained == 4_194_304 and lora["adapter"] == 4 * trained and lora["optimizer states"] == 8 * trained
     assert lora["weights"] == pytest.approx(blocks * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 2 * (n - blocks))
-    assert bill("llama-7b", rank=8, recipe="nf4").parts["weights"] - bill("llama-7b", rank=8, recipe="nf4-double").parts["weights"] == (
-        pytest.approx(blocks * 0.373 / 8, rel=2e-3))                      # Dettmers et al. (2023), section 3: 0.373 bits a parameter
+    assert bill("llama-7b", rank=8, recipe="nf4").parts["weights"] - bill("llama-7b", rank=8,
+                                                                          recipe="nf4-double").parts["weights"] == (
+        # Dettmers et al. (2023), section 3: 0.373 bits a parameter
+        pytest.approx(blocks * 0.373 / 8, rel=2e-3))
     # the rank's price: 16 bytes for each number of an adapter on all linear layers
-    priced = {r: sum(bill("llama-7b", rank=r).parts[part] for part in ("adapter", "gradients", "optimizer states")) for r in (8, 64)}
+    priced = {r: sum(bill("llama-7b", rank=r).parts[part] for part in ("adapter", "gradients", "optimizer states"))
+              for r in (8, 64)}
     assert [round(value / 1e9, 2) for value in priced.values()] == [0.32, 2.56]
 
 
 def test_optimizers_by_hand():
     n = PRESETS["gpt2"].parameters()
-    states = {name: bill("gpt2", "full", recipe="fp32", optimizer=name, length=1).parts["optimizer states"] for name in memory.OPTIMIZERS}
+    states = {name: bill("gpt2", "full", recipe="fp32", optimizer=name, length=1).parts["optimizer states"]
+              for name in memory.OPTIMIZERS}
     assert states == {"sgd": 0, "adam": 8 * n, "adamw-8bit": 2 * n * (1 + 4 / 256)}
 
 
@@ -181,9 +190,12 @@ def test_a_loss_that_is_none_is_refused(loss, said):
 
 
 @pytest.mark.parametrize("how, said", [
-    ({"recipe": "fp8"}, "recipe='fp8'"), ({"optimizer": "lion"}, "optimizer='lion'"), ({"method": "dora"}, "method='dora'"),
-    ({"batch": 0}, "batch=0"), ({"length": -5}, "length=-5"), ({"length": 2.0}, "length=2.0"), ({"batch": True}, "batch=True"),
-    ({"length": 2049}, "at most 2,048"), ({"rank": 5000}, "rank <= 4096"), ({"rank": -1}, "rank=-1"), ({"targets": ("wq",)}, "named 'wq'"),
+    ({"recipe": "fp8"}, "recipe='fp8'"), ({"optimizer": "lion"}, "optimizer='lion'"),
+    ({"method": "dora"}, "method='dora'"),
+    ({"batch": 0}, "batch=0"), ({"length": -5}, "length=-5"), ({"length": 2.0}, "length=2.0"),
+    ({"batch": True}, "batch=True"),
+    ({"length": 2049}, "at most 2,048"), ({"rank": 5000}, "rank <= 4096"), ({"rank": -1}, "rank=-1"),
+    ({"targets": ("wq",)}, "named 'wq'"),
     ({"method": "full", "recipe": "nf4"}, "four bits")])
 def test_what_cannot_be_is_refused(how, said):
     with pytest.raises(ValueError, match=said):

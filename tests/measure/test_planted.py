@@ -1,4 +1,6 @@
-"""A planted teacher is what it says, its lessons are its probabilities, and the loss of its students bends at its rank."""
+"""A planted teacher is what it says, its lessons are its probabilities, and the loss of its students bends at its
+rank.
+"""
 import copy
 
 import numpy as np
@@ -42,7 +44,8 @@ def test_the_update_has_the_planted_rank_and_the_matrix_s_norm(rank, base):
     assert np.linalg.norm(planted - W) == pytest.approx(np.linalg.norm(W), rel=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     for (name, ours), theirs in zip(teacher.named_parameters(), base.parameters(), strict=True):
-        assert (ours.data_ptr() == theirs.data_ptr()) == (name != f"{MATRIX}.weight"), name      # one storage: shared, not copied
+        # one storage: shared, not copied
+        assert (ours.data_ptr() == theirs.data_ptr()) == (name != f"{MATRIX}.weight"), name
 
 
 def test_the_seed_chooses_the_update(base):
@@ -66,7 +69,9 @@ def test_divergence_is_zero_for_the_teacher_and_numpys_otherwise(base):
     answers = torch.cat([told(teacher, TEXTS[:3]) for teacher in teachers])
     sums, counts = divergences(base, (TEXTS[:3].repeat(2, 1), answers), 2)
     assert counts.tolist() == [18, 18]
-    assert (sums / counts).tolist() == pytest.approx([numpy_divergence(teacher, base, TEXTS[:3]) for teacher in teachers], rel=1e-4)
+    assert (sums
+            / counts).tolist() == pytest.approx([numpy_divergence(teacher, base, TEXTS[:3]) for teacher in teachers],
+                                                rel=1e-4)
 
 
 def test_a_lesson_is_the_same_rows_for_every_student_and_each_teachers_answers(base):
@@ -76,7 +81,8 @@ def test_a_lesson_is_the_same_rows_for_every_student_and_each_teachers_answers(b
     for ids, answers in made:
         assert ids.shape == (2 * 3 * 5, 6) and answers.shape == (30, 6, 50)
         groups = ids.view(6, 5, 6)
-        assert all(torch.equal(group, groups[0]) for group in groups) and all((row == TEXTS).all(1).any() for row in groups[0])
+        assert all(torch.equal(group, groups[0]) for group in groups)
+        assert all((row == TEXTS).all(1).any() for row in groups[0])
         for group, answer in enumerate(answers.view(6, 5, 6, 50)):
             torch.testing.assert_close(answer, told(teachers[group // 3], groups[0]))
         assert torch.allclose(answers.exp().sum(-1), torch.ones(30, 6))

@@ -25,27 +25,33 @@ def matrices(size, d=D, rank=8, seed=0):
 def updates(cycles, size=0.01, d=64):
     """A weight, and for each cycle another update of the same size."""
     weight = matrices(size, d)[0]
-    return weight, [of_size(randn(d, 8, seed=2 * i + 1) @ randn(8, d, seed=2 * i + 2), weight, size).float() for i in range(cycles)]
+    return weight, [of_size(randn(d, 8, seed=2 * i + 1) @ randn(8, d, seed=2 * i + 2), weight, size).float()
+                    for i in range(cycles)]
 
 
 @pytest.mark.parametrize("dtype, want", [(FLOAT64, 8e-16), (FLOAT32, 4.8e-7), (FLOAT16, 4.1e-4), (BFLOAT16, 3.3e-3)])
 def test_outputs_merged_and_apart_differ_by_the_dtypes_rounding(dtype, want):
-    """Measured before at d = 1024 with another script; BLAS libraries add in different orders, which is what float64 and float32 show."""
+    """Measured before at d = 1024 with another script; BLAS libraries add in different orders, which is what float64
+    and float32 show.
+    """
     weight, delta = matrices(0.1, d=1024)
     got = numerics(weight, delta, dtype, randn(16, 1024, seed=9)).output_difference
     room = 4 if dtype in (FLOAT64, FLOAT32) else 1.3
     assert want / room < got < want * room
 
 
-@pytest.mark.parametrize("size, lost, error", [(0.1, 0.02, 0.017), (0.01, 0.19, 0.165), (0.003, 0.49, 0.47), (0.001, 0.78, 0.78)])
+@pytest.mark.parametrize("size, lost, error",
+                         [(0.1, 0.02, 0.017), (0.01, 0.19, 0.165), (0.003, 0.49, 0.47), (0.001, 0.78, 0.78)])
 def test_what_bfloat16_rounds_away(size, lost, error):
     found = numerics(*matrices(size), BFLOAT16, randn(4, D))
-    assert abs(found.rounded_away - lost) < 0.01 and abs(found.error - error) < 0.01 and found.size == pytest.approx(size, rel=1e-3)
+    assert abs(found.rounded_away - lost) < 0.01 and abs(found.error - error) < 0.01
+    assert found.size == pytest.approx(size, rel=1e-3)
 
 
 def test_wider_dtypes_lose_less():
     found = [numerics(*matrices(0.003), dtype, randn(4, D)) for dtype in DTYPES]
-    for narrow, wide in zip(found[:0:-1], found[-2::-1], strict=True):      # bfloat16 beside float16, … float32 beside float64
+    # bfloat16 beside float16, … float32 beside float64
+    for narrow, wide in zip(found[:0:-1], found[-2::-1], strict=True):
         assert wide.rounded_away <= narrow.rounded_away and 4 * wide.error < narrow.error
     assert found[0].rounded_away == 0 and found[1].rounded_away < 1e-3
 
@@ -56,7 +62,10 @@ def bfloat16_steps(values):
 
 
 def test_an_entry_is_rounded_away_when_its_update_is_under_half_a_step():
-    """Oracle: NumPy's logarithm. At a power of two the steps below are half as long; ties go to the even neighbour: both left out."""
+    """Oracle: NumPy's logarithm.
+
+    At a power of two the steps below are half as long; ties go to the even neighbour: both left out.
+    """
     weight, delta = matrices(0.003)
     W, U = weight.bfloat16().double().numpy(), delta.float().double().numpy()
     share = np.abs(U) / bfloat16_steps(W)
@@ -82,11 +91,13 @@ def test_the_numbers_are_those_of_a_LoRALinear(dtype):
         difference = ((layer(x.to(dtype)).double() - apart).norm() / apart.norm()).item()
         moved = layer.merged_weight.double() - layer.weight.double()
     assert found.output_difference == pytest.approx(difference, rel=0.6 if dtype in (FLOAT64, FLOAT32) else 0.02)
-    assert found.size == pytest.approx((layer.delta_weight().double().norm() / layer.weight.double().norm()).item(), rel=1e-6)
+    assert found.size == pytest.approx((layer.delta_weight().double().norm() / layer.weight.double().norm()).item(),
+                                       rel=1e-6)
     assert found.rounded_away == pytest.approx((moved == 0).double().mean().item())
 
 
-@pytest.mark.parametrize("dtype, share, distance", [(BFLOAT16, 0.5, 4.7e-3), (FLOAT16, 0.5, 6.7e-4), (FLOAT32, 0.5, 8e-8)])
+@pytest.mark.parametrize("dtype, share, distance",
+                         [(BFLOAT16, 0.5, 4.7e-3), (FLOAT16, 0.5, 6.7e-4), (FLOAT32, 0.5, 8e-8)])
 def test_a_weight_drifts_when_changing_updates_are_added_and_subtracted(dtype, share, distance):
     weight, deltas = updates(300)
     changed, relative = drift(weight, deltas, dtype)

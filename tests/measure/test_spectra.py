@@ -1,4 +1,6 @@
-"""Spectra against numpy and closed forms; the noise law against sampled noise; truncated models against sums of outer products."""
+"""Spectra against numpy and closed forms; the noise law against sampled noise; truncated models against sums of
+outer products.
+"""
 import copy
 import math
 
@@ -8,7 +10,15 @@ import torch
 from torch import nn
 
 from lora_edu.checkpoints.deltas import deltas
-from lora_edu.measure.spectra import factor, gaussian_like, marchenko_pastur, median_eigenvalue, sign_flipped, spectrum, truncate
+from lora_edu.measure.spectra import (
+    factor,
+    gaussian_like,
+    marchenko_pastur,
+    median_eigenvalue,
+    sign_flipped,
+    spectrum,
+    truncate,
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -20,8 +30,10 @@ def randn(*shape, seed=0, dtype=torch.float64):
 def test_singular_values_are_numpys(shape, dtype):
     matrix = randn(*shape).to(dtype)
     found = spectrum(matrix)
-    np.testing.assert_allclose(found.values, np.linalg.svd(matrix.double().numpy(), compute_uv=False), rtol=1e-5, atol=1e-6)
-    assert found.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and found.shape == shape[-2:]
+    np.testing.assert_allclose(found.values, np.linalg.svd(matrix.double().numpy(), compute_uv=False), rtol=1e-5,
+                               atol=1e-6)
+    assert found.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.shape == shape[-2:]
 
 
 def test_a_stack_gives_what_its_matrices_give():
@@ -39,20 +51,25 @@ def test_figures_of_a_spectrum_that_is_known_by_hand():
     torch.testing.assert_close(known.energy_kept(), torch.tensor([0, 0.64, 0.80, 0.96, 1.0], dtype=torch.float64))
     assert [int(known.rank_for(share)) for share in (0.5, 0.64, 0.65, 0.9, 0.97, 1.0)] == [1, 1, 2, 3, 4, 4]
     assert known.stable_rank().item() == pytest.approx(25 / 16)
-    assert known.effective_rank().item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in (0.64, 0.16, 0.16, 0.04))))
+    assert known.effective_rank().item() == pytest.approx(math.exp(-sum(p * math.log(p)
+                                                                        for p in (0.64, 0.16, 0.16, 0.04))))
 
 
 def test_ranks_of_the_extremes():
     same, single = spectrum(torch.eye(7)), spectrum(torch.outer(torch.arange(1.0, 5), torch.ones(6)))
     assert same.effective_rank().item() == pytest.approx(7) and same.stable_rank().item() == pytest.approx(7)
-    assert single.effective_rank().item() == pytest.approx(1, abs=1e-3) and single.stable_rank().item() == pytest.approx(1, abs=1e-5)
+    assert single.effective_rank().item() == pytest.approx(1, abs=1e-3)
+    assert single.stable_rank().item() == pytest.approx(1, abs=1e-5)
     zeros = spectrum(torch.zeros(3, 4))
-    assert zeros.effective_rank() == zeros.stable_rank() == zeros.rank_for(0.9) == 0 and (zeros.energy_kept() == 1).all()
+    assert zeros.effective_rank() == zeros.stable_rank() == zeros.rank_for(0.9) == 0
+    assert (zeros.energy_kept() == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (256, 688), (688, 256)])
 def test_noise_is_recognised_and_measured(shape):
-    """Entries of standard deviation 0.3: the size comes back from the median, and next to nothing lies above the edge."""
+    """Entries of standard deviation 0.3: the size comes back from the median, and next to nothing lies above the
+    edge.
+    """
     noise = spectrum(0.3 * randn(*shape))
     assert noise.noise_std().item() == pytest.approx(0.3, rel=0.02)
     assert noise.noise_edge().item() == pytest.approx(0.3 * (math.sqrt(shape[0]) + math.sqrt(shape[1])), rel=0.02)
@@ -62,7 +79,8 @@ def test_noise_is_recognised_and_measured(shape):
 def test_planted_directions_stand_above_the_edge_and_do_not_move_it():
     noise = 0.3 * randn(300, 200)
     planted = noise + 60.0 * randn(300, 5, seed=1) @ randn(5, 200, seed=2) / 100
-    assert spectrum(planted).noise_std().item() == pytest.approx(0.3, rel=0.05)     # by the standard deviation: more than 1
+    # by the standard deviation: more than 1
+    assert spectrum(planted).noise_std().item() == pytest.approx(0.3, rel=0.05)
     assert planted.std() > 1 and spectrum(planted).above_edge() in (5, 6)
 
 
@@ -90,7 +108,9 @@ def test_gaussian_like_has_the_norm_and_nothing_else():
     torch.testing.assert_close(noise, gaussian_like(matrix, seed=3))
     assert not torch.equal(noise, gaussian_like(matrix, seed=4))
     stack = torch.stack([matrix, 2 * matrix])
-    assert torch.linalg.matrix_norm(gaussian_like(stack)).tolist() == pytest.approx(torch.linalg.matrix_norm(stack).tolist())
+    assert torch.linalg.matrix_norm(gaussian_like(stack)).tolist() == pytest.approx(
+        torch.linalg.matrix_norm(stack).tolist()
+    )
 
 
 def test_sign_flipped_keeps_every_size_in_its_place():
@@ -142,7 +162,8 @@ def by_hand(base, tuned, rank, rest):
     for name, place in cut.state_dict(keep_vars=True).items():
         if name in ("conv.weight", "up.weight", "down.weight"):
             U, S, Vh = np.linalg.svd((end[name] - start[name]).flatten(1).numpy(), full_matrices=False)
-            update = sum((S[i] * np.outer(U[:, i], Vh[i]) for i in range(min(rank, len(S)))), np.zeros((len(U), Vh.shape[1])))
+            update = sum((S[i] * np.outer(U[:, i], Vh[i]) for i in range(min(rank, len(S)))),
+                         np.zeros((len(U), Vh.shape[1])))
             place.data = start[name] + torch.from_numpy(update).reshape(place.shape)
         elif rest == "tuned":
             place.data = end[name].clone()
@@ -172,7 +193,8 @@ def test_both_ends_of_truncate_are_the_models_themselves(pair):
 def test_energy_of_all_matrices_together(pair):
     base, tuned = pair
     factors = factor(deltas(base, tuned))
-    changes = [(getattr(tuned, n).weight - getattr(base, n).weight).detach().flatten(1).numpy() for n in ("conv", "up", "down")]
+    changes = [(getattr(tuned, n).weight - getattr(base, n).weight).detach().flatten(1).numpy()
+               for n in ("conv", "up", "down")]
     squares = [np.linalg.svd(change, compute_uv=False) ** 2 for change in changes]
     assert factors.energy_kept(2) == pytest.approx(sum(s[:2].sum() for s in squares) / sum(s.sum() for s in squares))
     assert factors.energy_kept(0) == 0 and factors.energy_kept(99) == pytest.approx(1)

@@ -1,4 +1,7 @@
-"""Latency: what is reported of given times, how variants take turns, and the operators. No test depends on how long anything takes."""
+"""Latency: what is reported of given times, how variants take turns, and the operators.
+
+No test depends on how long anything takes.
+"""
 import itertools
 import subprocess
 import sys
@@ -214,19 +217,24 @@ def test_who_runs_more_operators_than_the_base(models):
     products = {name: matrix_products(names) for name, names in seen.items()}
     base = 7 * LAYERS + 1
     assert products == {"base": base, "LoRA": base + 2 * 7 * LAYERS, "LoRA merged": base, "merged and unloaded": base,
-                        "adapters (two a block)": base + 4 * LAYERS, "adapters (one a block)": base + 2 * LAYERS, "prefix": base}
+                        "adapters (two a block)": base + 4 * LAYERS, "adapters (one a block)": base + 2 * LAYERS,
+                        "prefix": base}
 
 
 def test_how_deep_the_work_is(models):
-    """By hand, a block: q, k, v side by side, o behind them, gate and up side by side, down: four; LoRA's two stand beside W₀'s one."""
+    """By hand, a block: q, k, v side by side, o behind them, gate and up side by side, down: four; LoRA's two stand
+    beside W₀'s one.
+    """
     depth = {name: chained_products(model, IDS) for name, model in models.items()}
     base = 4 * LAYERS + 1
     assert depth == {"base": base, "LoRA": base + 4 * LAYERS, "LoRA merged": base, "merged and unloaded": base,
-                     "adapters (two a block)": base + 4 * LAYERS, "adapters (one a block)": base + 2 * LAYERS, "prefix": base}
+                     "adapters (two a block)": base + 4 * LAYERS, "adapters (one a block)": base + 2 * LAYERS,
+                     "prefix": base}
 
 
 def test_a_chain_is_counted_whatever_trains_and_the_model_is_left_alone():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3, bias=False)).requires_grad_(False)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(),
+                                torch.nn.Linear(3, 3, bias=False)).requires_grad_(False)
     with torch.no_grad():
         assert chained_products(model, torch.ones(2, 3)) == chained_products(model, torch.ones(1, 2, 3)) == 2
     assert not any(p.requires_grad for p in model.parameters()) and all(p.grad is None for p in model.parameters())
@@ -237,7 +245,8 @@ def test_a_chain_is_counted_whatever_trains_and_the_model_is_left_alone():
 def test_the_operators_stand_in_their_order():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3, bias=False))
     names = operators(model, torch.ones(2, 3))
-    assert [name for name in names if name in ("aten::addmm", "aten::relu", "aten::mm")] == ["aten::addmm", "aten::relu", "aten::mm"]
+    assert [name for name in names if name in ("aten::addmm", "aten::relu", "aten::mm")] == ["aten::addmm",
+                                                                                             "aten::relu", "aten::mm"]
     assert names.index("aten::linear") < names.index("aten::addmm") and matrix_products(names) == 2
 
 
@@ -251,8 +260,8 @@ def test_what_is_no_operator_is_left_out():
 
 
 def test_the_profiler_writes_nothing_beside_a_notebook():
-    code = ("import torch; from lora_edu.measure.operators import operators; "
-            "print(len(operators(torch.nn.Linear(2, 2), torch.ones(1, 2))) > 0)")
+    code = ("import torch; from lora_edu.measure.operators import operators; print(len(operators(torch.nn.Linear(2, "
+            "2), torch.ones(1, 2))) > 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("True\n", "")
 
@@ -263,7 +272,8 @@ def test_the_variants_say_what_they_should(models):
     assert torch.equal(merged, unloaded)
     torch.testing.assert_close(merged, lora, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(others[2], base, atol=1e-3)      # a prefix is seen; adapters start as the identity
-    wrapped = {name: sum(isinstance(module, LoRALinear) for module in model.modules()) for name, model in models.items()}
+    wrapped = {name: sum(isinstance(module, LoRALinear) for module in model.modules())
+               for name, model in models.items()}
     assert wrapped == dict.fromkeys(models, 0) | {"LoRA": 7 * LAYERS, "LoRA merged": 7 * LAYERS}
     assert all(layer.merged == (name == "LoRA merged") for name, model in models.items() for layer in model.modules()
                if isinstance(layer, LoRALinear))
@@ -278,18 +288,21 @@ def test_the_base_and_the_random_numbers_are_left_alone():
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in base.named_parameters())
     again = variants(base, rank=2, bottleneck=3, prefix=4)
     for name, model in made.items():
-        assert all(torch.equal(p, same) for p, same in zip(model.parameters(), again[name].parameters(), strict=True)), name
+        assert all(torch.equal(p, same)
+                   for p, same in zip(model.parameters(), again[name].parameters(), strict=True)), name
 
 
 def test_no_variant_has_the_weights_of_another(models):
     """Shared weights would be in the processor's cache already for whoever comes second."""
-    places = {name: {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())} for name, model in models.items()}
+    places = {name: {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+              for name, model in models.items()}
     for one, two in itertools.combinations(models, 2):
         assert not places[one] & places[two], (one, two)
 
 
 def test_the_defaults_are_equal_budgets_on_fable():
-    counts = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in variants(load_pretrained()[0]).items()}
+    counts = {name: sum(p.numel() for p in model.parameters() if p.requires_grad)
+              for name, model in variants(load_pretrained()[0]).items()}
     assert counts["LoRA"] == 156_160
     for name in ("adapters (two a block)", "adapters (one a block)", "prefix"):
         assert counts[name] == pytest.approx(counts["LoRA"], rel=0.02), name

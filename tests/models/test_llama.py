@@ -17,9 +17,12 @@ SIZES = dict(vocab_size=97, intermediate_size=48, num_hidden_layers=3, max_posit
 CONFIGS = {
     "as many key heads as query heads, tied": SIZES | dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=4,
                                                            tie_word_embeddings=True),
-    "grouped queries, untied": SIZES | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=False),
-    "one key head, wide heads, other theta": SIZES | dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
-                                                          rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    "grouped queries, untied": SIZES
+    | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=False),
+    "one key head, wide heads, other theta": SIZES
+    | dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+                                                          rope_parameters={"rope_type": "default",
+                                                                           "rope_theta": 500_000.0},
                                                           rms_norm_eps=1e-5, tie_word_embeddings=False),
 }
 
@@ -194,12 +197,14 @@ def edit_tensors(folder, change):
 @pytest.mark.parametrize("spoil, error, message", [
     (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
     (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), ValueError, "damaged"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), ValueError,
+     "damaged"),
     (lambda f: (f / "model.safetensors").write_bytes(b"not tensors"), ValueError, "damaged"),
     (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), ValueError, "missing .'model.norm.weight'"),
     (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), ValueError, "not expected .'extra'"),
     (lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(3)})), ValueError, r"is \(3,\)"),
-    (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), ValueError, "in the folder itself"),
+    (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), ValueError,
+     "in the folder itself"),
     (lambda f: (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(
         [n for n, _ in small().named_parameters()], "gone.safetensors")})), FileNotFoundError, "gone.safetensors"),
 ])
@@ -213,7 +218,8 @@ def test_damaged_folders_say_what_is_wrong(spoil, error, message, tmp_path):
 
 def test_loaded_weights_train_and_a_tied_head_is_one_tensor(tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    config = LlamaConfig(**SIZES, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+                         tie_word_embeddings=True)
     Llama(config).save_folder(tmp_path)
     model = Llama.from_folder(tmp_path)
     assert model.lm_head.weight is model.model["embed_tokens"].weight and not model.training
@@ -224,7 +230,10 @@ def test_loaded_weights_train_and_a_tied_head_is_one_tensor(tmp_path):
 # ---- a real, published checkpoint in llama2.c's format, converted here ----
 
 def llama2c_folder(source: Path, folder: Path) -> None:
-    """stories260K.bin: seven int32, then float32 tensors in a fixed order. Its rotary pairs are neighbours (2i, 2i+1)."""
+    """stories260K.bin: seven int32, then float32 tensors in a fixed order.
+
+    Its rotary pairs are neighbours (2i, 2i+1).
+    """
     raw = source.read_bytes()
     dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("7i", raw[:28])
     numbers = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32)
@@ -243,13 +252,16 @@ def llama2c_folder(source: Path, folder: Path) -> None:
     embed, norm1 = take(vocab, dim), take(layers, dim)
     q, k = halves(take(layers, dim, dim), heads), halves(take(layers, kv, dim), kv_heads)
     v, o = take(layers, kv, dim), take(layers, dim, dim)
-    norm2, gate, down, up = take(layers, dim), take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
-    config = LlamaConfig(vocab, dim, hidden, layers, heads, kv_heads, length, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    norm2, gate, down, up = take(layers, dim), take(layers, hidden, dim), take(layers, dim, hidden), take(layers,
+                                                                                                          hidden, dim)
+    config = LlamaConfig(vocab, dim, hidden, layers, heads, kv_heads, length, rms_norm_eps=1e-5,
+                         tie_word_embeddings=True)
     model = Llama(config)
     state = {"model.embed_tokens.weight": embed, "lm_head.weight": embed, "model.norm.weight": take(dim)}
     for i in range(layers):
         state |= {f"model.layers.{i}.{name}.weight": w[i] for name, w in {
-            "input_layernorm": norm1, "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": o,
+            "input_layernorm": norm1, "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+            "self_attn.o_proj": o,
             "post_attention_layernorm": norm2, "mlp.gate_proj": gate, "mlp.down_proj": down, "mlp.up_proj": up}.items()}
     model.load_state_dict(state)
     model.save_folder(folder)
@@ -269,7 +281,9 @@ EXPECTED_TALE = ("Once upon a time, there was a little girl named Lily. She love
 
 
 def test_a_published_llama_tells_a_tale(tmp_path):
-    """stories260K (Karpathy's TinyStories model): converted to a folder, its greedy text is a sensible tale, stored here."""
+    """stories260K (Karpathy's TinyStories model): converted to a folder, its greedy text is a sensible tale, stored
+    here.
+    """
     source = SHARED / "stories260K"
     if not source.is_dir():
         pytest.skip("needs the checkpoint shared/data/stories260K beside the project")

@@ -33,7 +33,9 @@ def test_fable_loads_in_under_a_second():
 
 @torch.no_grad()
 def test_fable_is_a_transformers_llama_too():
-    """Oracle: transformers on the same folder; float32 to 1e-4, and float64 with its float32 norms to 1e-6 of the largest logit."""
+    """Oracle: transformers on the same folder; float32 to 1e-4, and float64 with its float32 norms to 1e-6 of the
+    largest logit.
+    """
     x = torch.randint(2048, (2, 200), generator=torch.Generator().manual_seed(0))
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 2e-5)):
         ours, _ = load_pretrained("fable", dtype=dtype)
@@ -69,14 +71,16 @@ def test_a_hub_name_goes_through_transformers(monkeypatch, tmp_path):
     """The same calls as for a name, answered by a folder: no hub can be reached where tests run."""
     model, tokenizer = load_pretrained("fable")
     model.save_folder(tmp_path)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer,
+                                         eos_token="<|endoftext|>").save_pretrained(tmp_path)
     got, same = pretrained.load_from_hub(str(tmp_path), torch.float32)
     assert isinstance(got, transformers.LlamaForCausalLM) and not got.training
     assert same.encode("the king").ids == tokenizer.encode("the king").ids
 
 
 def test_a_name_that_is_nowhere_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)     # at once, and not after the hub client's retries
+    # at once, and not after the hub client's retries
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RuntimeError, match="'no/such-model' is neither 'fable' nor a folder.*network"):
         load_pretrained("no/such-model")
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -105,10 +109,7 @@ def test_fable_gives_the_same_logits_on_a_gpu():
 
 def test_importing_the_library_needs_neither_widgets_nor_plots():
     """torch, numpy, safetensors, tokenizers and tqdm are enough; the page loads when it is used."""
-    code = ("import sys\n"
-            "for name in ('ipywidgets', 'matplotlib', 'IPython', 'transformers', 'peft', 'huggingface_hub'): sys.modules[name] = None\n"
-            "import lora_edu\n"
-            "model, _ = lora_edu.load_pretrained()\n"
-            "lora_edu.apply_lora(model)\n"
-            "assert not any(name.startswith('lora_edu.course') for name in sys.modules)\n")
+    code = ("import sys\nfor name in ('ipywidgets', 'matplotlib', 'IPython', 'transformers', 'peft', "
+            "'huggingface_hub'): sys.modules[name] = None\nimport lora_edu\nmodel, _ = lora_edu.load_pretrained()\n"
+            "lora_edu.apply_lora(model)\nassert not any(name.startswith('lora_edu.course') for name in sys.modules)\n")
     subprocess.run([sys.executable, "-c", code], check=True)

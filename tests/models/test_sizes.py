@@ -13,10 +13,13 @@ from lora_edu.models.pretrained import FABLE, load_pretrained
 from lora_edu.models.sizes import PRESETS, Sizes, sizes_of
 from tests.hub import local_hub
 
-PUBLISHED = {"llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-65b": 65_285_660_672, "llama-3.1-8b": 8_030_261_248,
-             "llama-3.1-70b": 70_553_706_496, "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
+PUBLISHED = {"llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-65b": 65_285_660_672,
+             "llama-3.1-8b": 8_030_261_248,
+             "llama-3.1-70b": 70_553_706_496, "gpt2": 124_439_808, "gpt2-medium": 354_823_168,
+             "gpt2-large": 774_030_080,
              "gpt2-xl": 1_557_611_200, "smollm2-135m": 134_515_008, "fable": 3_688_704}
-LLAMA = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+LLAMA = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2,
              max_position_embeddings=64)
 
 
@@ -27,10 +30,13 @@ def in_transformers(sizes):
     s = sizes
     with torch.device("meta"):
         if s.kind == "gpt2":
-            return GPT2LMHeadModel(GPT2Config(vocab_size=s.vocab, n_embd=s.hidden, n_layer=s.layers, n_head=s.heads, n_positions=s.context))
+            return GPT2LMHeadModel(GPT2Config(vocab_size=s.vocab, n_embd=s.hidden, n_layer=s.layers, n_head=s.heads,
+                                              n_positions=s.context))
         return LlamaForCausalLM(HFLlamaConfig(
-            vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.wide, num_hidden_layers=s.layers, num_attention_heads=s.heads,
-            num_key_value_heads=s.kv_heads, head_dim=s.head_dim, max_position_embeddings=s.context, tie_word_embeddings=s.tied))
+            vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.wide, num_hidden_layers=s.layers,
+            num_attention_heads=s.heads,
+            num_key_value_heads=s.kv_heads, head_dim=s.head_dim, max_position_embeddings=s.context,
+            tie_word_embeddings=s.tied))
 
 
 @pytest.mark.parametrize("name, published", PUBLISHED.items())
@@ -87,7 +93,8 @@ def test_a_config_is_read_from_a_file_and_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    ('{"model_type": "mamba"}', "architecture 'mamba' cannot be counted"), ("{}", "architecture None"), ("[1]", "holds no settings"),
+    ('{"model_type": "mamba"}', "architecture 'mamba' cannot be counted"), ("{}", "architecture None"),
+    ("[1]", "holds no settings"),
     ("{", "is not JSON"), ('{"model_type": "llama", "vocab_size": 10}', "does not say hidden_size, num_hidden_layers"),
     (json.dumps(LLAMA | {"model_type": "llama", "hidden_size": -24}), "hidden=-24"),
     (json.dumps(LLAMA | {"model_type": "llama", "vocab_size": 2.5}), "vocab=2.5"),
@@ -100,7 +107,8 @@ def test_a_config_that_cannot_be_counted_is_refused(tmp_path, content, said):
 
 
 @pytest.mark.parametrize("name, said", [("lama-7b", "did you mean 'llama-7b'"), ("zzz", "no preset and no file"),
-                                        ("a/b/c", "no preset and no file"), ("gone/config.json", "no preset and no file")])
+                                        ("a/b/c", "no preset and no file"),
+                                        ("gone/config.json", "no preset and no file")])
 def test_an_unknown_name_is_refused(name, said):
     with pytest.raises(ValueError, match=said):
         sizes_of(name)
@@ -109,7 +117,8 @@ def test_an_unknown_name_is_refused(name, said):
 @pytest.mark.parametrize("targets, rank, said", [(("q_prj",), 8, "no matrix is named 'q_prj'"), ((), 8, "no target"),
                                                  (("proj",), 8, "no matrix is named 'proj'"),
                                                  ("all-linear", 0, "rank=0"),
-                                                 ("all-linear", 4097, "rank <= 4096"), (("q_proj",), True, "rank=True")])
+                                                 ("all-linear", 4097, "rank <= 4096"),
+                                                 (("q_proj",), True, "rank=True")])
 def test_targets_and_ranks_that_do_not_fit_are_refused(targets, rank, said):
     with pytest.raises(ValueError, match=said):
         PRESETS["llama-7b"].adapter(targets, rank)
@@ -123,15 +132,19 @@ def test_a_name_on_the_hub_needs_its_config_alone(tmp_path):
     want = sum(p.numel() for p in Llama(LlamaConfig(**LLAMA)).parameters())
 
     def asked_for(name, **more):
-        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0",
-                            "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))} | more
-        return subprocess.run([sys.executable, "-m", "lora_edu.cli", "memory", name, "--length", "8", "--rank", "2"], env=env,
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1",
+                            "HF_HUB_OFFLINE": "0",
+                            "PYTHONPATH": os.pathsep.join(filter(None,
+                                                                 [os.getcwd(), os.environ.get("PYTHONPATH")]))} | more
+        return subprocess.run([sys.executable, "-m", "lora_edu.cli", "memory", name, "--length", "8", "--rank", "2"],
+                              env=env,
                               capture_output=True, text=True, timeout=120)
     with local_hub(tmp_path / "hub") as (endpoint, asked):
         found, nowhere = asked_for("owner/small"), asked_for("owner/nowhere")
     assert found.returncode == 0 and f"owner/small: {want:,} parameters" in found.stdout
     assert not [line for line in asked if "model.safetensors" in line]
     assert nowhere.returncode == 1
-    assert nowhere.stderr.splitlines()[-1].startswith("lora-edu: 'owner/nowhere' is neither a folder nor a file, and the hub did not give")
+    assert nowhere.stderr.splitlines()[-1].startswith("lora-edu: 'owner/nowhere' is neither a folder nor a file, and "
+                                                      "the hub did not give")
     again = asked_for("owner/small", HF_HUB_OFFLINE="1")                    # the server is gone: from the cache
     assert again.stdout == found.stdout

@@ -20,7 +20,8 @@ def test_the_notebooks_and_the_readme_are_what_links_would_write():
 def notebook(path, title, header_tags=("header",), setup_tags=("setup", "nbval-ignore-output")):
     cells = [{"cell_type": "markdown", "id": "a", "metadata": {"tags": list(header_tags)},
               "source": [f"# {title}\n", "\n", "**Question.** How few — really?\n", "**Time** 5 minutes"]},
-             {"cell_type": "code", "id": "b", "metadata": {"tags": list(setup_tags)}, "source": [], "outputs": [], "execution_count": 1},
+             {"cell_type": "code", "id": "b", "metadata": {"tags": list(setup_tags)}, "source": [], "outputs": [],
+              "execution_count": 1},
              {"cell_type": "code", "id": "c", "metadata": {}, "source": ["print(1)"], "execution_count": 2,
               "outputs": [{"output_type": "stream", "name": "stdout", "text": ["1\n"]}]}]
     path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
@@ -30,9 +31,12 @@ def notebook(path, title, header_tags=("header",), setup_tags=("setup", "nbval-i
 def course(tmp_path):
     """Notebooks 00, 01 and 04, and no address yet."""
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/OWNER/lora_edu"\n', encoding="utf-8")
-    (tmp_path / "README.md").write_text(f"[00]({links.COLAB}OWNER/lora_edu/blob/main/notebooks/00_start.ipynb)\n", encoding="utf-8")
-    for name, title in (("00_start", "00 · Start here"), ("01_linear", "01 · A linear layer"), ("04_rank", "04 · Rank")):
+    (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/OWNER/lora_edu"\n',
+                                             encoding="utf-8")
+    (tmp_path / "README.md").write_text(f"[00]({links.COLAB}OWNER/lora_edu/blob/main/notebooks/00_start.ipynb)\n",
+                                        encoding="utf-8")
+    for name, title in (("00_start", "00 · Start here"), ("01_linear", "01 · A linear layer"),
+                        ("04_rank", "04 · Rank")):
         notebook(tmp_path / "notebooks" / f"{name}.ipynb", title)
     return tmp_path
 
@@ -43,14 +47,18 @@ def sources(course, name):
 
 
 def colab(repo, name):
-    return f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/" \
-           f"{repo}/blob/main/notebooks/{name}.ipynb)"
+    return (
+        f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/"
+        f"{repo}/blob/main/notebooks/{name}.ipynb)"
+    )
 
 
 def test_header_line_names_the_nearest_notebooks_that_exist(course):
     links.main(course, "ada/loras")
     start, middle, last = (sources(course, name)[0].split("\n")[2] for name in ("00_start", "01_linear", "04_rank"))
-    assert start == f"[Contents](../README.md) · [01 A linear layer](01_linear.ipynb) · {colab('ada/loras', '00_start')}"
+    assert (
+        start == f"[Contents](../README.md) · [01 A linear layer](01_linear.ipynb) · {colab('ada/loras', '00_start')}"
+    )
     assert middle == (f"[00 Start here](00_start.ipynb) · [Contents](../README.md) · [04 Rank](04_rank.ipynb) · "
                       f"{colab('ada/loras', '01_linear')}")
     assert last == f"[01 A linear layer](01_linear.ipynb) · [Contents](../README.md) · {colab('ada/loras', '04_rank')}"
@@ -88,7 +96,8 @@ def test_one_address_everywhere(course, capsys):
     links.main(course)
     assert "none is set" in capsys.readouterr().out
     links.main(course, "ada/loras")
-    texts = [path.read_text(encoding="utf-8") for path in [course / "README.md", course / "pyproject.toml", *course.glob("notebooks/*")]]
+    texts = [path.read_text(encoding="utf-8")
+             for path in [course / "README.md", course / "pyproject.toml", *course.glob("notebooks/*")]]
     assert not [text for text in texts if "OWNER" in text]
     assert not [text for text in texts if "ada/loras" not in text]
 
@@ -113,7 +122,8 @@ def test_setup_cell_is_short_and_parses(repo):
     assert (f"git+https://github.com/{repo}@main" in text) == (not repo.startswith("OWNER"))
 
 
-@pytest.mark.parametrize("repo", ["lora_edu", "https://github.com/ada/loras", "ada/loras/tree/main", "a da/loras", '"/x'])
+@pytest.mark.parametrize("repo",
+                         ["lora_edu", "https://github.com/ada/loras", "ada/loras/tree/main", "a da/loras", '"/x'])
 def test_a_wrong_repository_is_refused_and_nothing_written(course, repo):
     before = (course / "pyproject.toml").read_text()
     with pytest.raises(ValueError, match="OWNER/NAME"):
@@ -122,7 +132,8 @@ def test_a_wrong_repository_is_refused_and_nothing_written(course, repo):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"header_tags": ()}, "0 cells tagged 'header'"), ({"setup_tags": ("nbval-ignore-output",)}, "0 cells tagged 'setup'"),
+    ({"header_tags": ()}, "0 cells tagged 'header'"),
+    ({"setup_tags": ("nbval-ignore-output",)}, "0 cells tagged 'setup'"),
     ({"setup_tags": ("setup",)}, "nbval-ignore-output"), ({"title": "02 · Wrong number"}, "# 01 · Title"),
     ({"title": "01 A dot is missing"}, "# 01 · Title")])
 def test_a_notebook_that_does_not_fit_is_named_and_nothing_written(course, changes, message):

@@ -10,7 +10,9 @@ CALL = re.compile(r"^(check_\w+)\((.+)\)$", re.M)
 
 
 def exercises(path):
-    """(number, checker, argument, solution): the exercise's last code cell before its <details>, and what the details say."""
+    """(number, checker, argument, solution): the exercise's last code cell before its <details>, and what the
+    details say.
+    """
     found, call = [], None
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -42,7 +44,9 @@ def test_the_hidden_solution_passes(path, checker, argument, solution):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
 def test_exercises_are_complete(path):
-    """Two to four that write code, one diagnosis, one decision; each with a solution; the stored answer is "not attempted"."""
+    """Two to four that write code, one diagnosis, one decision; each with a solution; the stored answer is "not
+    attempted".
+    """
     nb = json.loads(path.read_text(encoding="utf-8"))
     text = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
     headed = re.findall(r"^\*\*Exercise (\d+\.\d+)\*\* · (diagnose|decide)?", text, re.M)
@@ -50,5 +54,6 @@ def test_exercises_are_complete(path):
     assert kinds.count("diagnose") == 1 and kinds.count("decide") == 1 and 2 <= kinds.count("") <= 4, headed
     assert [n for n, _ in headed] == [f"{int(path.stem[:2])}.{i + 1}" for i in range(len(headed))]
     assert len(exercises(path)) == len(headed)
-    printed = "".join(t for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"] for t in o.get("text", []))
+    printed = "".join(t for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"]
+                      for t in o.get("text", []))
     assert printed.count("not attempted yet") == len(headed)

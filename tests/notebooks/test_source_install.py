@@ -28,7 +28,8 @@ def bare(tmp_path):
     others = tmp_path / "others"
     others.mkdir()
     for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(folder).iterdir():   # the links leave out the editable install, and with it what pip knows of it
+        # the links leave out the editable install, and with it what pip knows of it
+        for entry in Path(folder).iterdir():
             if not entry.name.lower().startswith(("lora_edu", "__editable__", "_lora_edu")) and entry.suffix != ".pth":
                 (others / entry.name).symlink_to(entry)
     env = tmp_path / "env"
@@ -55,7 +56,8 @@ def execute(notebook, python, folder, source, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     variables = {"PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "LORA_EDU_DEVICE": "cpu"}
     variables |= {"LORA_EDU_SOURCE": str(source)} if source else {}
-    client = NotebookClient(notebook, km=AsyncKernelManager(kernel_spec_manager=Kernels(python, variables)), timeout=300,
+    client = NotebookClient(notebook, km=AsyncKernelManager(kernel_spec_manager=Kernels(python, variables)),
+                            timeout=300,
                             resources={"metadata": {"path": str(folder)}})
     client.execute(cleanup_kc=True)
     return ["".join(output.get("text", "")) for output in notebook.cells[-1].outputs]
@@ -64,7 +66,11 @@ def execute(notebook, python, folder, source, monkeypatch):
 def the_notebook():
     """Notebook 01, and a last cell that says where lora_edu came from; a setup cell alone while there is no 01."""
     found = sorted((ROOT / "notebooks").glob("01_*.ipynb"))
-    notebook = nbformat.read(found[0], as_version=4) if found else new_notebook(cells=[new_code_cell(links.setup_source("OWNER/x"))])
+    notebook = (
+        nbformat.read(found[0], as_version=4)
+        if found
+        else new_notebook(cells=[new_code_cell(links.setup_source("OWNER/x"))])
+    )
     notebook.cells.append(new_code_cell(WHERE))
     return notebook
 
@@ -79,7 +85,8 @@ def test_a_notebook_runs_where_lora_edu_is_not_installed(bare, wheel, tmp_path, 
 
 
 def test_with_an_address_the_variable_still_decides(bare, wheel, tmp_path, monkeypatch):
-    notebook = new_notebook(cells=[new_code_cell(links.setup_source("no-such-owner/no-such-repository")), new_code_cell(WHERE)])
+    notebook = new_notebook(cells=[new_code_cell(links.setup_source("no-such-owner/no-such-repository")),
+                                   new_code_cell(WHERE)])
     (text,) = execute(notebook, bare, tmp_path, wheel, monkeypatch)
     assert Path(text.split("\n")[0]).is_relative_to(bare.parents[1])
 
@@ -87,5 +94,6 @@ def test_with_an_address_the_variable_still_decides(bare, wheel, tmp_path, monke
 def test_without_an_address_and_a_source_one_sentence_says_what_to_do(bare, tmp_path, monkeypatch):
     """It also shows that the environment does not have lora_edu by itself."""
     notebook = new_notebook(cells=[new_code_cell(links.setup_source("OWNER/lora_edu"))])
-    with pytest.raises(CellExecutionError, match="No address is set for this course yet: install lora_edu from a clone, or set"):
+    with pytest.raises(CellExecutionError, match="No address is set for this course yet: install lora_edu from a "
+                       "clone, or set"):
         execute(notebook, bare, tmp_path, None, monkeypatch)

@@ -49,7 +49,8 @@ def cell_complaints(cell):
         yield "an error is stored"
     if re.search(r"\bpyplot\b|\bpylab\b|%matplotlib", "".join(cell["source"])):
         yield "uses pyplot"
-    if re.search(r"(?<![\w.])(?<!def )show\(", source) and not any("image/png" in output.get("data", {}) for output in outputs):
+    if re.search(r"(?<![\w.])(?<!def )show\(", source) and not any("image/png" in output.get("data", {})
+                                                                   for output in outputs):
         yield "calls show() and has no picture"
     if any(PATHS.search(text_of(output)) for output in outputs):
         yield "prints a path of the machine it ran on"
@@ -60,7 +61,8 @@ def cell_complaints(cell):
 
 
 def test_every_notebook_is_stored_from_one_clean_run():
-    found = {path.name: complaints(json.loads(path.read_text(encoding="utf-8"))) for path in (ROOT / "notebooks").glob("**/*.ipynb")
+    found = {path.name: complaints(json.loads(path.read_text(encoding="utf-8")))
+             for path in (ROOT / "notebooks").glob("**/*.ipynb")
              if ".ipynb_checkpoints" not in path.parts}
     assert {name: what for name, what in found.items() if what} == {}
 
@@ -87,7 +89,8 @@ def test_no_module_uses_pyplot():
 
 
 @pytest.mark.parametrize("source, found", [
-    ("import matplotlib.pyplot as plt", True), ("from matplotlib import pyplot", True), ("from matplotlib.pyplot import plot", True),
+    ("import matplotlib.pyplot as plt", True), ("from matplotlib import pyplot", True),
+    ("from matplotlib.pyplot import plot", True),
     ("import matplotlib\nmatplotlib.pyplot.plot()", True), ("import pylab", True),
     ('"""Never pyplot."""\nfrom matplotlib.figure import Figure', False)])
 def test_pyplot_is_found(source, found):
@@ -96,7 +99,8 @@ def test_pyplot_is_found(source, found):
 
 # Each complaint is provoked once, in a notebook that is fine otherwise.
 
-PICTURE = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBOR/home/x", "text/plain": ["<Figure>"]}}
+PICTURE = {"output_type": "display_data", "metadata": {},
+           "data": {"image/png": "iVBOR/home/x", "text/plain": ["<Figure>"]}}
 
 
 def stream(text):
@@ -104,14 +108,17 @@ def stream(text):
 
 
 def code(count, source, *outputs, **metadata):
-    return {"cell_type": "code", "execution_count": count, "source": source.splitlines(keepends=True), "outputs": list(outputs),
+    return {"cell_type": "code", "execution_count": count, "source": source.splitlines(keepends=True),
+            "outputs": list(outputs),
             "metadata": metadata}
 
 
 def fine():
     cells = [code(1, "try: ...", tags=["setup", "nbval-ignore-output"]), code(2, "print(1)", stream("1\n")),
-             code(3, "# show( in a comment\nplots.show(1)\ndef show(x): ...\nprint('and/or 3/4')", stream("and/or 3/4, see https://x.org/home/a\n")),
-             code(4, "show(figure)", PICTURE), {"cell_type": "markdown", "source": ["show(x)"], "metadata": {}}, code(None, "")]
+             code(3, "# show( in a comment\nplots.show(1)\ndef show(x): ...\nprint('and/or 3/4')",
+                  stream("and/or 3/4, see https://x.org/home/a\n")),
+             code(4, "show(figure)", PICTURE), {"cell_type": "markdown", "source": ["show(x)"], "metadata": {}},
+             code(None, "")]
     return {"cells": cells, "metadata": {}}
 
 
@@ -130,9 +137,11 @@ def change_cell(**changes):
     (change_cell(metadata={"tags": ["nbval-ignore-output"]}), "quarter"),
     (change_cell(metadata={"tags": ["nbval-skip"]}), "does not check"),
     (change_cell(outputs=[{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]), "error is stored"),
-    (change_cell(source=["import matplotlib.pyplot as plt"]), "pyplot"), (change_cell(source=["%matplotlib inline"]), "pyplot"),
+    (change_cell(source=["import matplotlib.pyplot as plt"]), "pyplot"),
+    (change_cell(source=["%matplotlib inline"]), "pyplot"),
     (change_cell(source=["x = 1\n", "show(x)"]), "no picture"), (change_cell(source=["f(show(x))"]), "no picture"),
-    (change_cell(outputs=[stream("saved to /home/ada/x.pt\n")]), "path"), (change_cell(outputs=[stream("C:\\Users\\ada\n")]), "path"),
+    (change_cell(outputs=[stream("saved to /home/ada/x.pt\n")]), "path"),
+    (change_cell(outputs=[stream("C:\\Users\\ada\n")]), "path"),
     (change_cell(outputs=[{"output_type": "execute_result", "metadata": {}, "execution_count": 2,
                            "data": {"text/plain": ["PosixPath('/tmp/x')"]}}]), "path"),
     (change_cell(source=["# NBVAL_IGNORE_OUTPUT\n", "print(1)"]), "comment"),

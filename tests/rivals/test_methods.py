@@ -7,8 +7,10 @@ from lora_edu.rivals.methods import BOTTLENECK, METHODS, POSITIONS, prepare, sol
 from lora_edu.training import bistro
 from lora_edu.training.corpora import END
 
-COUNTS = {"full": 4 * (4 * 256**2 + 3 * 256 * 688), "lora": 4 * 8 * (4 * 512 + 3 * 944), "prefix": 2 * 4 * 76 * 256, "prompt": 76 * 256,
-          "adapters (two a block)": 8 * (2 * 256 * 38 + 38 + 256), "adapters (one a block)": 4 * (2 * 256 * 76 + 76 + 256),
+COUNTS = {"full": 4 * (4 * 256**2 + 3 * 256 * 688), "lora": 4 * 8 * (4 * 512 + 3 * 944), "prefix": 2 * 4 * 76 * 256,
+          "prompt": 76 * 256,
+          "adapters (two a block)": 8 * (2 * 256 * 38 + 38 + 256),
+          "adapters (one a block)": 4 * (2 * 256 * 76 + 76 + 256),
           "BitFit": 4 * (4 * 256 + 2 * 688 + 256)}
 
 
@@ -21,7 +23,8 @@ def start():
 def test_what_trains_is_counted_by_hand_and_the_budget_is_equal_where_it_can_be(method, start):
     model = load_pretrained()[0]
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert prepare(model, method, start=start) == COUNTS[method] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert prepare(model, method, start=start) == COUNTS[method] == sum(p.numel() for p in model.parameters()
+                                                                        if p.requires_grad)
     if method not in ("full", "prompt", "BitFit"):
         assert abs(COUNTS[method] - COUNTS["lora"]) < 0.02 * COUNTS["lora"]
     changed = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
@@ -43,8 +46,10 @@ def test_the_start_is_a_text_of_cards_with_their_sentences():
     ids = solved_cards(tokenizer, 200, seed=3)
     record, sentence = bistro.examples("train", 11, 3)[0]
     text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=False)
-    assert ids.shape == (1, 200) and text.startswith(f"{bistro.prompt(record)} {sentence}{END}") and text.count(END) >= 2
-    assert torch.equal(ids[:, :50], solved_cards(tokenizer, 50, seed=3)) and not torch.equal(ids, solved_cards(tokenizer, 200))
+    assert ids.shape == (1, 200) and text.startswith(f"{bistro.prompt(record)} {sentence}{END}")
+    assert text.count(END) >= 2
+    assert torch.equal(ids[:, :50], solved_cards(tokenizer, 50, seed=3))
+    assert not torch.equal(ids, solved_cards(tokenizer, 200))
 
 
 @pytest.mark.parametrize("method, sentence", [("prefix", r"a prefix starts from tokens: pass start=solved_cards"),

@@ -1,4 +1,6 @@
-"""The methods LoRA is compared with, against PEFT, a forward written by hand, and what the text itself would do in their place."""
+"""The methods LoRA is compared with, against PEFT, a forward written by hand, and what the text itself would do in
+their place.
+"""
 import copy
 
 import peft
@@ -34,9 +36,11 @@ def shaken(model, std=0.5):
 
 
 def everything(model):
-    hooks = [len(getattr(module, name)) for module in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks")]
+    hooks = [len(getattr(module, name)) for module in model.modules()
+             for name in ("_forward_hooks", "_forward_pre_hooks")]
     return ([(name, id(module), module.training) for name, module in model.named_modules()], hooks,
-            [(name, id(p), p.requires_grad, p.detach().clone().numpy().tobytes()) for name, p in model.named_parameters()])
+            [(name, id(p), p.requires_grad, p.detach().clone().numpy().tobytes())
+             for name, p in model.named_parameters()])
 
 
 # counts
@@ -132,7 +136,9 @@ def test_the_start_is_a_model_that_has_just_read_the_tokens(method):
 
 
 def as_peft_stores(prefix):
-    """Keys and values of a `Prefix` as one row a position: layer by layer, its key, then its value, (P, layers * 2 * H_kv * D)."""
+    """Keys and values of a `Prefix` as one row a position: layer by layer, its key, then its value, (P, layers * 2 *
+    H_kv * D).
+    """
     both = torch.stack([prefix.keys, prefix.values], dim=1)                              # (layers, 2, H_kv, P, D)
     return both.permute(3, 0, 1, 2, 4).flatten(1)
 
@@ -180,7 +186,8 @@ def test_the_context_is_shorter_by_its_length(method):
     METHODS[method](model)
     with torch.no_grad():
         model(torch.zeros(1, limit - 3, dtype=torch.long))
-        with pytest.raises(ValueError, match=rf"{limit - 2} tokens do not fit: of a context of {limit} the {method} leaves {limit - 3}"):
+        with pytest.raises(ValueError, match=rf"{limit - 2} tokens do not fit: of a context of {limit} the {method} "
+                           rf"leaves {limit - 3}"):
             model(torch.zeros(1, limit - 2, dtype=torch.long))
     before = logits(model)
     with pytest.raises(ValueError, match="stands before token ids"):
@@ -233,7 +240,8 @@ def test_a_deep_copy_has_hooks_of_its_own(method):
 def test_the_dtype_and_mode_are_the_model_s(method, training):
     model = our_llama().bfloat16().train(training)
     METHODS[method](model)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and all(module.training == training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(module.training == training for module in model.modules())
     assert logits(model).dtype == torch.bfloat16
 
 
@@ -242,12 +250,15 @@ def test_the_dtype_and_mode_are_the_model_s(method, training):
 REFUSED = {
     "bottleneck 0": (lambda m: apply_adapters(m, 0), "bottleneck=0: choose a whole number"),
     "another kind": (lambda m: apply_adapters(m, 2, "parallel"), "kind='parallel': choose 'houlsby'"),
-    "no token": (lambda m: apply_prefix(m, torch.zeros(1, 0, dtype=torch.long)), r"ids of shape \(1, 0\): a prefix starts from"),
-    "two texts": (lambda m: apply_prompt(m, IDS), r"ids of shape \(2, 5\): a prompt starts from the tokens of one text"),
+    "no token": (lambda m: apply_prefix(m, torch.zeros(1, 0, dtype=torch.long)), r"ids of shape \(1, 0\): a prefix "
+                 r"starts from"),
+    "two texts": (lambda m: apply_prompt(m, IDS),
+                  r"ids of shape \(2, 5\): a prompt starts from the tokens of one text"),
     "no batch": (lambda m: apply_prefix(m, IDS[0]), r"ids of shape \(5,\)"),
     "prefix as long as the context": (lambda m: apply_prefix(m, torch.zeros(1, 32, dtype=torch.long)),
                                       "a prefix of 32 leaves no place for a text in a context of 32: choose fewer"),
-    "prompt longer than the context": (lambda m: apply_prompt(m, torch.zeros(1, 600, dtype=torch.long)), "a prompt of 600 leaves no place"),
+    "prompt longer than the context": (lambda m: apply_prompt(m, torch.zeros(1, 600, dtype=torch.long)), "a prompt of "
+                                       "600 leaves no place"),
 }
 
 
@@ -296,9 +307,13 @@ def test_biases_that_are_there_are_kept_and_train():
 
 
 def test_on_fable_equal_budgets_are_equal_and_a_prompt_cannot_have_one():
-    """LoRA of rank 8 everywhere trains 156,160 numbers. As a prompt these would be 610 embeddings, in a context of 512."""
+    """LoRA of rank 8 everywhere trains 156,160 numbers.
+
+    As a prompt these would be 610 embeddings, in a context of 512.
+    """
     counts = []
-    for apply in (lambda m: apply_lora(m, rank=8).trainable, lambda m: apply_adapters(m, 38), lambda m: apply_adapters(m, 76, "lin"),
+    for apply in (lambda m: apply_lora(m, rank=8).trainable, lambda m: apply_adapters(m, 38),
+                  lambda m: apply_adapters(m, 76, "lin"),
                   lambda m: apply_prefix(m, torch.zeros(1, 76, dtype=torch.long))):
         counts.append(apply(load_pretrained()[0]))
     assert counts[0] == 156_160 and all(abs(count - counts[0]) < 0.02 * counts[0] for count in counts)

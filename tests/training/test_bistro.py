@@ -74,7 +74,8 @@ def test_records_are_different_keep_the_name_and_drop_at_most_two():
 
 
 def test_the_same_seed_gives_the_same_and_another_seed_others(tokenizer):
-    assert bistro.examples("train", 50, seed=5) == bistro.examples("train", 50, seed=5) != bistro.examples("train", 50, seed=6)
+    assert bistro.examples("train", 50, seed=5) == bistro.examples("train", 50, seed=5) != bistro.examples("train", 50,
+                                                                                                           seed=6)
     one, same, other = (list(bistro.batches(tokenizer, 3, 4, seed)) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for x, y in zip(one, same) for a, b in zip(x, y))
     assert not torch.equal(one[0][0], other[0][0])
@@ -86,8 +87,8 @@ def test_known_examples_do_not_move():
     assert bistro.prompt(bistro.cards("test", 1)[0]) == (
         "name: The Black Bear | food: Turkish | price: expensive | area: forest\n=>")
     assert bistro.examples("train", 1)[0][1] == (
-        "Rabbit Well is a house that earned one star, serves Indian food and lies near the market. "
-        "It is expensive and is not for families.")
+        "Rabbit Well is a house that earned one star, serves Indian food and lies near the market. It is expensive and "
+        "is not for families.")
 
 
 @settings(deadline=None, max_examples=30)

@@ -18,7 +18,9 @@ TALE = "Once upon a time there was a king, and the king had a daughter.\n\nShe l
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A byte-level BPE of 512 tokens, end-of-text first; the row of blanks gives it tokens for several line breaks at once."""
+    """A byte-level BPE of 512 tokens, end-of-text first; the row of blanks gives it tokens for several line breaks
+    at once.
+    """
     return train_tokenizer([TALE, "a\n\n\n\tb \n\n  c\n \n.\n\n\n\n" * 500, python_docs("valid")], vocab_size=512)
 
 
@@ -36,7 +38,8 @@ def test_python_docs_are_there_in_three_parts_that_share_no_paragraph():
 
 def test_python_docs_keep_every_paragraph_of_the_source_once():
     from pydoc_data.topics import topics
-    everything = [p for split in ("train", "valid", "test") for p in re.split(r"\n\s*\n|<\|endoftext\|>", python_docs(split)) if p.strip()]
+    everything = [p for split in ("train", "valid", "test")
+                  for p in re.split(r"\n\s*\n|<\|endoftext\|>", python_docs(split)) if p.strip()]
     source = {p.strip() for text in topics.values() for p in re.split(r"\n\s*\n", corpora.clean(text)) if p.strip()}
     assert {p.strip() for p in everything} == source
     across = "".join(everything)
@@ -75,7 +78,9 @@ def test_tokenize_puts_one_token_between_documents(tokenizer):
 @given(text=st.text(alphabet="ab \n\t.'", max_size=200), piece=st.integers(1, 20))
 def test_cutting_into_pieces_changes_no_token(tokenizer, text, piece):
     """Oracle: the whole text encoded at once."""
-    assert len(tokenizer.encode("\n\n\n").ids) < 3, "a tokenizer without tokens for several line breaks would prove nothing"
+    assert len(tokenizer.encode("\n\n\n").ids) < 3, (
+        "a tokenizer without tokens for several line breaks would prove nothing"
+    )
     was, corpora.PIECE = corpora.PIECE, piece
     try:
         assert tokenize(tokenizer, text).tolist() == tokenizer.encode(text).ids
@@ -143,7 +148,8 @@ def test_windows_make_every_token_but_the_first_a_target_once(n, length, batch_s
     assert torch.equal(inputs[counted] + 1, targets[counted])
 
 
-@pytest.mark.parametrize("tokens, length", [(torch.arange(20).view(2, 10), 4), (torch.arange(20), 0), (torch.arange(0), 1)])
+@pytest.mark.parametrize("tokens, length",
+                         [(torch.arange(20).view(2, 10), 4), (torch.arange(20), 0), (torch.arange(0), 1)])
 def test_tokens_that_hold_no_window_are_refused(tokens, length):
     with pytest.raises(ValueError, match="one row of at least"):
         windows(tokens, length)

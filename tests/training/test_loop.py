@@ -61,15 +61,18 @@ def test_losses_and_weights_equal_a_loop_written_out(kind):
             p.grad *= min(1.0, 0.5 / norm)
         optimizer.param_groups[0]["lr"] = 0.05 * factor(i, 8)
         optimizer.step()
-        assert steps[i].loss == pytest.approx(loss.item(), rel=1e-6) and steps[i].grad_norm == pytest.approx(norm, rel=1e-6)
-    for a, b in zip(ours.parameters(), other.parameters()):      # clip_grad_norm_ divides by norm + 1e-6: not the last digits
+        assert steps[i].loss == pytest.approx(loss.item(), rel=1e-6)
+        assert steps[i].grad_norm == pytest.approx(norm, rel=1e-6)
+    # clip_grad_norm_ divides by norm + 1e-6: not the last digits
+    for a, b in zip(ours.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_schedules():
     factor = warmup_linear(0.1)
     values = [factor(i, 100) for i in range(100)]
-    assert values[0] == pytest.approx(0.1) and max(values) == 1.0 and values[9] == 1.0 and values[-1] == pytest.approx(1 / 90)
+    assert values[0] == pytest.approx(0.1) and max(values) == 1.0 and values[9] == 1.0
+    assert values[-1] == pytest.approx(1 / 90)
     assert values[10:] == sorted(values[10:], reverse=True) and all(v > 0 for v in values)
     assert [warmup_linear(0.0)(i, 4) for i in range(4)] == [1.0, 1.0, pytest.approx(2 / 3), pytest.approx(1 / 3)]
     assert constant(3, 10) == 1.0
@@ -85,7 +88,8 @@ def test_evaluate_is_the_mean_over_counted_tokens_and_puts_the_mode_back():
     net, data = model(dropout=0.5), batches(2) + [tuple(t[:1] for t in batches(1, 5)[0])]
     net.eval()
     with torch.no_grad():
-        rows = torch.cat([F.cross_entropy(net(x).flatten(0, 1), y.flatten(), reduction="none")[y.flatten() != -100] for x, y in data])
+        rows = torch.cat([F.cross_entropy(net(x).flatten(0, 1), y.flatten(), reduction="none")[y.flatten() != -100]
+                          for x, y in data])
     net.train()
     assert evaluate(net, data) == pytest.approx(rows.mean().item(), rel=1e-12)      # not the mean of the batches' means
     assert net.training
@@ -98,7 +102,8 @@ def test_only_what_is_trainable_moves():
     net.embed.requires_grad_(False)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     list(train(net, batches(), 3, 0.1))
-    assert torch.equal(net.embed.weight, before["embed.weight"]) and not torch.equal(net.head.weight, before["head.weight"])
+    assert torch.equal(net.embed.weight, before["embed.weight"])
+    assert not torch.equal(net.head.weight, before["head.weight"])
     net.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter is frozen.*apply_lora"):
         next(train(net, batches(), 3, 0.1))
@@ -146,7 +151,8 @@ def test_autocast_multiplies_in_16_bits_and_keeps_weights_and_losses_in_32():
     net, seen = model().float(), []
     net.head.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     steps = list(train(net, batches(), 2, 0.1, autocast=torch.bfloat16))
-    assert seen == [torch.bfloat16] * 2 and net.head.weight.dtype == torch.float32 and all(math.isfinite(s.loss) for s in steps)
+    assert seen == [torch.bfloat16] * 2 and net.head.weight.dtype == torch.float32
+    assert all(math.isfinite(s.loss) for s in steps)
 
 
 def test_only_matrices_decay():

@@ -42,7 +42,8 @@ def test_it_learns_and_leaves_a_folder_that_loads(texts, tmp_path, monkeypatch):
     assert report["curve"]["rows"][0][1] > report["curve"]["rows"][1][1]
     model, tokenizer = load_pretrained(tmp_path / "out")
     assert tokenizer.token_to_id(END) == 0 and tokenizer.decode(tokenizer.encode("Zebra, čau!").ids) == "Zebra, čau!"
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "curve.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "curve.json", "model.safetensors",
+                                                                    "tokenizer.json"]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(texts, tmp_path, monkeypatch):
@@ -78,7 +79,8 @@ def test_the_order_follows_seed_and_shares_and_reads_every_window_before_any_aga
     first = [start for batch, length in order(1) for text, start in batch if text == 0 and length == 32]
     windows = (50_000 - 1) // 32 - 1                      # one pass; the offset may cost one window
     assert len(set(first[:windows])) == windows
-    assert all(start + length < size for batch, length in order(1) for text, start in batch for size in [[50_000, 20_000][text]])
+    assert all(start + length < size for batch, length in order(1) for text, start in batch
+               for size in [[50_000, 20_000][text]])
 
 
 def test_a_share_is_read_off_the_argument():

@@ -1,4 +1,6 @@
-"""A sweep against the same runs one at a time; its chunks, its memory, and what it does when a run, the reader or a file spoils it."""
+"""A sweep against the same runs one at a time; its chunks, its memory, and what it does when a run, the reader or a
+file spoils it.
+"""
 import copy
 import json
 import math
@@ -21,7 +23,8 @@ from tests.lora.test_stack import wrapped
 from tests.lora.tiny import our_llama
 
 STEPS = 12
-GRID = [LoRASettings(8, 16.0, lr=0.004, seed=1), LoRASettings(1, 2.0, ("q_proj", "v_proj"), lr=0.02, seed=2), LoRASettings(4, 8.0, lr=0.005, seed=2),
+GRID = [LoRASettings(8, 16.0, lr=0.004, seed=1), LoRASettings(1, 2.0, ("q_proj", "v_proj"), lr=0.02, seed=2),
+        LoRASettings(4, 8.0, lr=0.005, seed=2),
         LoRASettings(1, 16.0, lr=0.01, seed=1), LoRASettings(2, 8.0, rslora=True, lr=0.01, seed=1)]
 HELDOUT = list(batches_of(5, 2, rows=11)) + list(batches_of(6, 1, rows=2, width=5))
 
@@ -54,7 +57,9 @@ def assert_equal_runs(a, b):
 
 
 def test_every_row_is_that_of_the_run_alone_in_the_order_of_the_grid(base, pairs):
-    """Oracle: `train` and `evaluate` on a model with that adapter; the chunks of two are cut by rank, not in the grid's order."""
+    """Oracle: `train` and `evaluate` on a model with that adapter; the chunks of two are cut by rank, not in the
+    grid's order.
+    """
     seen = []
     table = run(base, every=5, watch=lambda chunk, step: seen.append((chunk, step)))
     assert [chunk for chunk, step in seen if step.step == 1] == [[1, 3], [4, 2], [0]]
@@ -69,7 +74,8 @@ def test_every_row_is_that_of_the_run_alone_in_the_order_of_the_grid(base, pairs
         assert_equal_runs(row, settings | {"losses": losses, "heldout": heldout})
         assert row["trainable"] == sum(p.numel() for p in alone.parameters() if p.requires_grad)
         assert row["scaling"] == adapter.scaling and row["steps"] == STEPS and row["seed"] == adapter.seed
-        assert row["target_modules"] == adapter.target_modules and row["rslora"] == adapter.rslora and row["alpha"] == adapter.alpha
+        assert row["target_modules"] == adapter.target_modules and row["rslora"] == adapter.rslora
+        assert row["alpha"] == adapter.alpha
         assert [step.losses[chunk.index(i)] for chunk, step in seen if i in chunk] == row["losses"]
     assert [row["heldout"] for row in run(base)] == [row["heldout"][-1:] for row in table]
 
@@ -85,8 +91,10 @@ def test_the_schedule_is_passed_on(base):
 def test_the_model_is_plain_again(base, training):
     before = copy.deepcopy(base.train(training))
     run(base)
-    assert [(n, type(m), m.training) for n, m in base.named_modules()] == [(n, type(m), m.training) for n, m in before.named_modules()]
-    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(base.parameters(), before.parameters(), strict=True))
+    assert [(n, type(m), m.training) for n, m in base.named_modules()] == [(n, type(m), m.training)
+                                                                           for n, m in before.named_modules()]
+    assert all(torch.equal(a, b) and a.grad is None
+               for a, b in zip(base.parameters(), before.parameters(), strict=True))
 
 
 def test_score_gets_an_ordinary_trained_model_and_may_move_it(base):
@@ -116,7 +124,8 @@ def test_an_absurd_rate_is_marked_and_harms_nobody(lr, schedule, pairs, monkeypa
     dtype = torch.float64 if schedule else torch.float32
     base, how = our_llama().to(dtype), {"schedule": schedule} if schedule else {}
     wild = LoRASettings(1, 2.0, lr=lr, seed=1)
-    table = run(base, [GRID[1], wild, GRID[3], GRID[2]], every=1, score=lambda model: {"scored": True}, out=tmp_path / "a.json", **how)
+    table = run(base, [GRID[1], wild, GRID[3], GRID[2]], every=1, score=lambda model: {"scored": True},
+                out=tmp_path / "a.json", **how)
     without = run(base, [GRID[1], GRID[3], GRID[2]], every=1, **how)
     assert table[1]["diverged"] in (1, 2, 3) and "scored" not in table[1]
     assert all(math.isfinite(x) for x in table[1]["losses"]) and len(table[1]["losses"]) == table[1]["diverged"] - 1
@@ -124,7 +133,8 @@ def test_an_absurd_rate_is_marked_and_harms_nobody(lr, schedule, pairs, monkeypa
     for row, want in zip([table[0], table[2], table[3]], without, strict=True):
         assert row["scored"] and row["diverged"] is None
         assert row["losses"] == pytest.approx(want["losses"], abs=1e-9 if schedule else 2e-5)
-    strict = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda literal: pytest.fail(f"{literal} is no JSON"))
+    strict = json.loads((tmp_path / "a.json").read_text(),
+                        parse_constant=lambda literal: pytest.fail(f"{literal} is no JSON"))
     assert len(strict) == 4
     assert f"diverged at step {table[1]['diverged']}" in str(table) and table.best(rank=1)["lr"] < 1
 
@@ -159,7 +169,8 @@ def test_a_stopped_sweep_goes_on_from_its_finished_chunks(base, pairs, tmp_path,
     before, out = copy.deepcopy(base.train()), tmp_path / "new" / "a.json"
     part = run(base, every=5, out=out, watch=stop_in([4, 2]))
     assert part == [whole[1], whole[3]] and "Stopped: 2 of 5 runs are finished" in capsys.readouterr().out
-    assert [(n, type(m), m.training) for n, m in base.named_modules()] == [(n, type(m), m.training) for n, m in before.named_modules()]
+    assert [(n, type(m), m.training) for n, m in base.named_modules()] == [(n, type(m), m.training)
+                                                                           for n, m in before.named_modules()]
     seen = []
     rest = run(base, every=5, out=out, watch=lambda chunk, step: seen.append(chunk))
     assert rest == whole and [1, 3] not in seen and seen[0] == [4, 2]
@@ -169,7 +180,8 @@ def test_a_stopped_sweep_goes_on_from_its_finished_chunks(base, pairs, tmp_path,
 
 def test_equal_adapters_share_a_finished_run(base, tmp_path):
     whole = run(base, [GRID[3], GRID[1], GRID[3]], out=tmp_path / "a.json")
-    again = run(base, [GRID[3], GRID[1], GRID[3]], out=tmp_path / "a.json", watch=lambda *_: pytest.fail("nothing is left to do"))
+    again = run(base, [GRID[3], GRID[1], GRID[3]], out=tmp_path / "a.json",
+                watch=lambda *_: pytest.fail("nothing is left to do"))
     assert again == whole and whole[0]["losses"] == pytest.approx(whole[2]["losses"], abs=1e-12)
 
 
@@ -181,7 +193,8 @@ def test_a_larger_grid_takes_up_what_is_there(base, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[{", "is not the JSON of a sweep"), ('{"a": 1}', "is not the JSON of a sweep"), ("[1]", "is not the JSON of a sweep"),
+    ("[{", "is not the JSON of a sweep"), ('{"a": 1}', "is not the JSON of a sweep"),
+    ("[1]", "is not the JSON of a sweep"),
     ('[{"rank": 1}]', "is not the JSON of a sweep"), (None, "holds a run of another sweep")])
 def test_a_file_of_something_else_is_left_alone(text, message, base, tmp_path):
     file = tmp_path / "a.json"
@@ -227,7 +240,8 @@ def test_batches_that_end_early_or_differ_in_rows(base):
     with pytest.raises(ValueError, match="the batches ended after 12 steps, and 20 were asked for"):
         sweep(base, GRID, batches, 20, HELDOUT)
     assert not any(isinstance(m, StackedLinear) for m in base.modules())
-    with pytest.raises(ValueError, match="batches of 2 and 4 rows side by side"):          # 6 rows would divide by 2 adapters
+    # 6 rows would divide by 2 adapters
+    with pytest.raises(ValueError, match="batches of 2 and 4 rows side by side"):
         sweep(base, [GRID[0], GRID[4], GRID[2]], lambda seed: batches_of(seed, 3, rows=2 * seed), 3, HELDOUT)
     stack = LoRAStack(base, GRID[:2])
     with pytest.raises(ValueError, match="3 rows for 2 adapters"):
@@ -243,9 +257,12 @@ def test_chunks_are_as_many_as_fit(base, monkeypatch):
     monkeypatch.setattr(module, "CPU", 100)
     alike, batch = [LoRASettings(4, 8.0, seed=1)] * 10, next(batches(1))
     one = module._bytes_for(base, alike[0], batch, None)
-    assert [module._fitting(base, alike, batches, share * one, None) for share in (1.01, 3.01, 3.99, 50)] == [1, 3, 3, 10]
-    mixed = [LoRASettings(1, 2.0, seed=1)] * 3 + alike                # the largest rank counts for all: the others are padded
-    assert module._fitting(base, mixed, batches, 4.01 * one, None) == 4 and module._fitting(base, mixed, batches, 3.99 * one, None) == 3
+    assert [module._fitting(base, alike, batches, share * one, None) for share in (1.01, 3.01, 3.99, 50)] == [1, 3, 3,
+                                                                                                              10]
+    # the largest rank counts for all: the others are padded
+    mixed = [LoRASettings(1, 2.0, seed=1)] * 3 + alike
+    assert module._fitting(base, mixed, batches, 4.01 * one, None) == 4
+    assert module._fitting(base, mixed, batches, 3.99 * one, None) == 3
     assert not any(isinstance(m, StackedLinear) for m in base.modules())
 
 
@@ -259,7 +276,8 @@ def test_the_estimate_grows_with_rank_rows_and_precision(base):
 
 
 def test_a_cpu_parts_ranks_that_differ_much(base):
-    grid = [LoRASettings(1, 2.0)] * 2 + [LoRASettings(8, 2.0, ("gate_proj",))] + [LoRASettings(12, 2.0, ("gate_proj",))] * 2
+    grid = [LoRASettings(1, 2.0)] * 2 + [LoRASettings(8, 2.0, ("gate_proj",))] + [LoRASettings(12, 2.0,
+                                                                                               ("gate_proj",))] * 2
     assert module._fitting(base, grid, batches, 4e9, None) == 3
 
 
@@ -272,14 +290,16 @@ from lora_edu.training import sweep
 
 torch.set_num_threads(1)
 sweep.CPU = 100
-model = Llama(LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+model = Llama(LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+num_attention_heads=4,
                           num_key_value_heads=4))
 ids = torch.randint(256, (4, 65))
 batch = ids[:, :-1], ids[:, 1:]
 sizes = set()
 
 def peak():
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if
+    line.startswith("VmHWM"))
 
 def run(count, memory):
     sweep.sweep(model, [LoRASettings(8, 16.0)] * count, lambda seed: iter([batch] * 3), 3, [batch], memory=memory,
@@ -296,12 +316,14 @@ print(peak() - before, max(sizes))
 def test_a_sweep_keeps_to_its_budget():
     """Peak memory in a process of its own, with glibc told to give large blocks back at once.
 
-    The estimate counts what the forward pass keeps and two tensors of the logits' size; the rest of what the backward pass makes is
-    smaller than what it has freed by then. Slack: 15 per cent, here 22 MB, for what does not grow with a chunk (about 14 MB, measured
-    at smaller and larger budgets): buffers of the matrix library and the small blocks that the allocator keeps.
+    The estimate counts what the forward pass keeps and two tensors of the logits' size; the rest of what the backward
+    pass makes is smaller than what it has freed by then. Slack: 15 per cent, here 22 MB, for what does not grow with a
+    chunk (about 14 MB, measured at smaller and larger budgets): buffers of the matrix library and the small blocks that
+    the allocator keeps.
     """
     budget = 150e6
-    done = subprocess.run([sys.executable, "-c", MEMORY.replace("BUDGET", str(budget))], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-c", MEMORY.replace("BUDGET", str(budget))], capture_output=True, text=True,
+                          timeout=120,
                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
     assert done.returncode == 0, done.stderr
     grown, largest = map(int, done.stdout.split())
@@ -319,7 +341,8 @@ def test_the_table_is_read_and_kept(base, tmp_path):
     with pytest.raises(ValueError, match=r"no finished run has \{'rank': 3\}: the table has 5 runs"):
         table.best(rank=3)
     lines = str(table).splitlines()
-    assert len(lines) == 6 and lines[0].split() == ["rank", "alpha", "scaling", "learning", "rate", "seed", "held-out", "loss"]
+    assert len(lines) == 6
+    assert lines[0].split() == ["rank", "alpha", "scaling", "learning", "rate", "seed", "held-out", "loss"]
     assert lines[2].split() == ["1", "2", "2", "0.02", "2", f"{table[1]['heldout'][-1][1]:.3f}"]
     page = table._repr_html_()
     assert page.startswith("<table>") and page.count("<tr>") == 6 and f">{table[0]['heldout'][-1][1]:.3f}</td>" in page
@@ -335,5 +358,6 @@ def test_held_out_loss_is_that_of_evaluate(base):
     stack = LoRAStack(base, GRID)
     list(train_stack(stack, (side_by_side([b] * 5) for b in batches(1)), 3))
     base.train()
-    assert evaluate_stack(stack, HELDOUT) == pytest.approx([evaluate(stack.unstack(i), HELDOUT) for i in range(5)], abs=1e-12)
+    assert evaluate_stack(stack, HELDOUT) == pytest.approx([evaluate(stack.unstack(i), HELDOUT) for i in range(5)],
+                                                           abs=1e-12)
     assert base.training

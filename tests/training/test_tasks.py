@@ -32,7 +32,8 @@ def test_random_targets_keep_inputs_and_places_and_change_the_tokens(tokenizer):
 def spoken(tokenizer, batch):
     """(prompt, sentence) of every row, read back from the tokens."""
     inputs, targets = batch
-    return [(tokenizer.decode(x[t == -100].tolist()), tokenizer.decode(t[t != -100].tolist())) for x, t in zip(inputs, targets)]
+    return [(tokenizer.decode(x[t == -100].tolist()), tokenizer.decode(t[t != -100].tolist()))
+            for x, t in zip(inputs, targets)]
 
 
 def test_mismatched_has_the_same_records_and_sentences_otherwise_paired(tokenizer):
@@ -44,7 +45,9 @@ def test_mismatched_has_the_same_records_and_sentences_otherwise_paired(tokenize
 
 
 def test_mismatched_sentences_are_wrong_as_often_as_strangers(tokenizer):
-    """Slots of the sentences against the records they stand beside: about the floor, not the 100 % of the real pairs."""
+    """Slots of the sentences against the records they stand beside: about the floor, not the 100 % of the real
+    pairs.
+    """
     records = bistro.cards("train", 64)
     rng = random.Random(0)
     said = [bistro.sentence(record, rng) for record in records]
@@ -64,7 +67,8 @@ def test_more_of_the_same_is_what_fable_would_say(tokenizer, monkeypatch):
 def test_one_seed_one_stream(tokenizer, null):
     for (a, b), (c, d) in zip(listed(tokenizer, null), listed(tokenizer, null)):
         assert torch.equal(a, c) and torch.equal(b, d)
-    assert not torch.equal(listed(tokenizer, null)[0][1].flatten()[:200], listed(tokenizer, null, seed=6)[0][1].flatten()[:200])
+    assert not torch.equal(listed(tokenizer, null)[0][1].flatten()[:200],
+                           listed(tokenizer, null, seed=6)[0][1].flatten()[:200])
 
 
 def test_documentation_has_random_targets_and_no_sentences_to_exchange(tokenizer):
@@ -85,7 +89,8 @@ def test_only_what_should_train_has_moved():
     moved = {}
     for trains in ("matrices", "everything"):
         tuned = full_fine_tune("bistro", 2, 1e-3, trains=trains)
-        moved[trains] = {n for (n, p), (_, q) in zip(base.named_parameters(), tuned.named_parameters()) if not torch.equal(p, q)}
+        moved[trains] = {n for (n, p), (_, q) in zip(base.named_parameters(), tuned.named_parameters())
+                         if not torch.equal(p, q)}
         assert not any(p.requires_grad for p in tuned.parameters()) and next(tuned.parameters()).device.type == "cpu"
     assert len(moved["matrices"]) == 28 and all(name.endswith("_proj.weight") for name in moved["matrices"])
     assert moved["everything"] == {n for n, _ in base.named_parameters()}

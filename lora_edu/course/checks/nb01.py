@@ -28,7 +28,8 @@ def check_delta_weight(student) -> Verdict:
         if got.shape == want.T.shape and torch.allclose(got, want.T, rtol=1e-4, atol=1e-6):
             return "transposed: B @ A has shape (out_features, in_features)."
 
-    return check("1.1", student, cases=[(randn(2, 3), randn(4, 2), 6.0), (randn(3, 5), randn(2, 3), 4.0)], oracle=oracle, hint=hint)
+    return check("1.1", student, cases=[(randn(2, 3), randn(4, 2), 6.0), (randn(3, 5), randn(2, 3), 4.0)],
+                 oracle=oracle, hint=hint)
 
 
 def check_trainable_numbers(student) -> Verdict:
@@ -43,7 +44,8 @@ def check_trainable_numbers(student) -> Verdict:
         if got == want // rank and rank > 1:
             return "that is rank 1: each factor has `rank` rows or columns."
 
-    return check("1.2", student, cases=[([(64, 96), (64, 64)], 4), ([(12, 8)], 3), ([(256, 256)] * 4 + [(688, 256)], 8)],
+    return check("1.2", student,
+                 cases=[([(64, 96), (64, 64)], 4), ([(12, 8)], 3), ([(256, 256)] * 4 + [(688, 256)], 8)],
                  oracle=oracle, hint=hint)
 
 
@@ -84,9 +86,11 @@ def mystery_curves(W: torch.Tensor) -> dict[str, list[tuple[int, float]]]:
 def check_mystery(answers: dict[str, str | None]) -> Verdict:
     """Exercise 1.3."""
     return check_match("1.3", answers,
-                       right={"P": "both factors random", "Q": "both factors zero", "R": "healthy", "S": "learning rate too high"},
+                       right={"P": "both factors random", "Q": "both factors zero", "R": "healthy",
+                              "S": "learning rate too high"},
                        because="where a curve starts tells the start; how it goes on tells the rate.",
-                       hints={"P": "compare where it starts with where Q starts.", "Q": "which start leaves no gradient at all?",
+                       hints={"P": "compare where it starts with where Q starts.", "Q": "which start leaves no "
+                              "gradient at all?",
                               "R": "it starts where Q does and falls steadily.",
                               "S": "it starts where Q does; what happens in the next steps?"})
 

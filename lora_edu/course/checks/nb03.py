@@ -10,7 +10,8 @@ from lora_edu.course.records.stored import load_record
 
 MYSTERY_MATRIX = "model.layers.1.self_attn.o_proj"
 # the four of exercise 3.4: (task, null) in the record
-CAUSES = {"P": ("python_docs", None), "Q": ("bistro", "mismatched"), "R": ("bistro", "random_targets"), "S": ("bistro", None)}
+CAUSES = {"P": ("python_docs", None), "Q": ("bistro", "mismatched"), "R": ("bistro", "random_targets"),
+          "S": ("bistro", None)}
 
 
 def _is(got, want, atol: float = 1e-6) -> bool:
@@ -43,7 +44,8 @@ def check_energy_kept(student) -> Verdict:
         if _is(got, oracle(sigma, rank + 1)):
             return "one direction too many: sigma[:rank] holds the first `rank` of them."
 
-    cases = [(torch.tensor([3.0, 2.0, 1.0]), 2), (torch.tensor([5.0, 4.0, 1.0, 0.5, 0.1]), 1), (torch.tensor([2.0, 1.0, 1.0, 0.0]), 3),
+    cases = [(torch.tensor([3.0, 2.0, 1.0]), 2), (torch.tensor([5.0, 4.0, 1.0, 0.5, 0.1]), 1),
+             (torch.tensor([2.0, 1.0, 1.0, 0.0]), 3),
              (torch.tensor([2.0, 1.0]), 0)]
     return check("3.1", student, cases=cases, oracle=oracle, hint=hint)
 
@@ -92,7 +94,8 @@ def check_effective_rank(student) -> Verdict:
         if _is(got, 1 / want):
             return "a sign is missing: the entropy is minus the sum of p log p."
 
-    cases = [(torch.tensor([3.0, 2.0, 1.0]),), (torch.ones(4),), (torch.tensor([2.0, 1.0, 0.5, 0.0, 0.0]),), (torch.tensor([7.0, 0.0]),)]
+    cases = [(torch.tensor([3.0, 2.0, 1.0]),), (torch.ones(4),), (torch.tensor([2.0, 1.0, 0.5, 0.0, 0.0]),),
+             (torch.tensor([7.0, 0.0]),)]
     return check("3.3", student, cases=cases, oracle=oracle, hint=hint)
 
 
@@ -109,24 +112,35 @@ def mystery_spectra() -> dict[str, list[float]]:
 def check_mystery(answer: str | None) -> Verdict:
     """Exercise 3.4."""
     return check_choice("3.4", answer, right="R",
-                        because="random labels ask for the same answer everywhere, every token equally likely: a few directions give it.",
-                        hints={"P": "documentation: real sentences, more than one thing to learn. Which curve starts highest?",
-                               "Q": "wrong sentences are still sentences: this one can hardly be told from S. Which curve stands apart?",
-                               "S": "restaurants: its energy is spread over many directions. What do random labels ask of a model?"})
+                        because="random labels ask for the same answer everywhere, every token equally likely: a few "
+                        "directions give it.",
+                        hints={"P": "documentation: real sentences, more than one thing to learn. Which curve starts "
+                               "highest?",
+                               "Q": "wrong sentences are still sentences: this one can hardly be told from S. Which "
+                               "curve stands apart?",
+                               "S": "restaurants: its energy is spread over many directions. What do random labels ask "
+                               "of a model?"})
 
 
 def check_rank(choice: int | None, budget: float = 0.40) -> Verdict:
-    """Exercise 3.5: the smallest recorded rank that loses at most ``budget`` nats per token on test, mean over the seeds."""
+    """Exercise 3.5: the smallest recorded rank that loses at most ``budget`` nats per token on test, mean over the
+    seeds.
+    """
     costs = rank_costs()
     best = min(rank for rank, cost in costs.items() if cost <= budget)
-    hints = {str(rank): f"too small: r = {rank} costs {cost:.2f} nats per token, and the budget is {budget:.2f}." if cost > budget else
-             f"it fits, at {cost:.2f} nats per token, but r = {best} would too." for rank, cost in costs.items() if rank != best}
+    hints = {str(rank): f"too small: r = {rank} costs {cost:.2f} nats per token, and the budget is {budget:.2f}."
+             if cost > budget else
+             f"it fits, at {cost:.2f} nats per token, but r = {best} would too." for rank, cost in costs.items()
+             if rank != best}
     return check_choice("3.5", choice, right=str(best), hints=hints,
-                        because=f"r = {best} costs {costs[best]:.2f} nats per token on held-out data, and no smaller rank fits.")
+                        because=f"r = {best} costs {costs[best]:.2f} nats per token on held-out data, and no smaller "
+                        "rank fits.")
 
 
 def rank_costs() -> dict[int, float]:
-    """Nats per token on test that each recorded rank from 1 on loses against the whole update of bistro, mean over the seeds."""
+    """Nats per token on test that each recorded rank from 1 on loses against the whole update of bistro, mean over
+    the seeds.
+    """
     ranks = load_record("spectra")["settings"]["ranks"]
     losses = [mean(at_rank) for at_rank in zip(*(run["cut"][0]["test"] for run in _runs("bistro", None)))]
     return {rank: loss - losses[-1] for rank, loss in zip(ranks, losses) if rank > 0}
@@ -134,4 +148,5 @@ def rank_costs() -> dict[int, float]:
 
 def _runs(task: str, null: str | None) -> list[dict]:
     """The record's runs of one kind that trained exactly the matrices."""
-    return [run for run in load_record("spectra")["runs"] if (run["task"], run["null"], run["trains"]) == (task, null, "matrices")]
+    return [run for run in load_record("spectra")["runs"]
+            if (run["task"], run["null"], run["trains"]) == (task, null, "matrices")]

@@ -27,16 +27,20 @@ def check_scaling(student) -> Verdict:
                  "rslora": [(alpha / rank, "rsLoRA divides by the square root of the rank."),
                             (math.sqrt(alpha / rank), "the root is of the rank alone, not of alpha / rank."),
                             (math.sqrt(alpha) / rank, "the root is of the rank, not of alpha.")]}
-        every = [(alpha * rank, "alpha is divided by the rank, not multiplied."), (alpha, "that is alpha, not yet divided."),
+        every = [(alpha * rank, "alpha is divided by the rank, not multiplied."),
+                 (alpha, "that is alpha, not yet divided."),
                  (1 / want, "upside down: alpha is above the line.")]
         return next((f"{rule}: {text}" for wrong, text in slips[rule] + every if _is(got, wrong)), None)
 
-    cases = [(4, 3.0, "2r"), (8, 3.0, "fixed"), (16, 3.0, "rslora"), (1, 5.0, "2r"), (2, 5.0, "fixed"), (3, 5.0, "rslora")]
+    cases = [(4, 3.0, "2r"), (8, 3.0, "fixed"), (16, 3.0, "rslora"), (1, 5.0, "2r"), (2, 5.0, "fixed"),
+             (3, 5.0, "rslora")]
     return check("4.1", student, cases=cases, oracle=oracle, hint=hint)
 
 
 def check_rate_for_b(student) -> Verdict:
-    """Exercise 4.2: train with alpha times ``factor`` and the reader's rate for lora_B; the losses must be those of before."""
+    """Exercise 4.2: train with alpha times ``factor`` and the reader's rate for lora_B; the losses must be those of
+    before.
+    """
     given = {}
 
     def oracle(lr, factor, optimizer):
@@ -46,11 +50,14 @@ def check_rate_for_b(student) -> Verdict:
         given["rate"] = student(lr, factor, optimizer)
         if given["rate"] is None or given["rate"] is ...:
             return None
-        return [loss for _, loss in _training(lr=lr, lr_b=float(given["rate"]), scaling=factor, optimizer=optimizer, steps=12)]
+        return [loss
+                for _,
+                loss in _training(lr=lr, lr_b=float(given["rate"]), scaling=factor, optimizer=optimizer, steps=12)]
 
     def hint(got, want, lr, factor, optimizer):
         parted = (got - want).abs().max().item() / want[0].item()
-        measured = (f"{optimizer}, alpha × {factor:g}, B's rate {given['rate']:.4g} in place of {lr:g}: within 12 steps the losses part by "
+        measured = (f"{optimizer}, alpha × {factor:g}, B's rate {given['rate']:.4g} in place of {lr:g}: within 12 "
+                    "steps the losses part by "
                     + (f"{parted:.1%} of the first. " if parted < 100 else "more than 100 times the first. "))
         slips = [(lr, "A larger alpha moves the product further for the same step of B: the rate must make up for it."),
                  (lr * factor, "That goes the wrong way: B must become smaller where alpha becomes larger."),
@@ -65,10 +72,12 @@ def check_rate_for_b(student) -> Verdict:
     return check("4.2", None if student in (None, ...) else trained, cases=cases, oracle=oracle, hint=hint)
 
 
-def _training(rank=8, lr=0.03, lr_b=None, scaling=1.0, start=0.25, optimizer="adam", noise=1.5, steps=STEPS) -> list[tuple[int, float]]:
+def _training(rank=8, lr=0.03, lr_b=None, scaling=1.0, start=0.25, optimizer="adam", noise=1.5,
+              steps=STEPS) -> list[tuple[int, float]]:
     """A tiny LoRA on a linear layer, in float64: (step, held-out squared error), 1 at the start; deterministic.
 
-    The target is an update of rank 6, 12 x 16, seen through noise; every step has a fresh batch of 32. Adam's epsilon is 0, almost.
+    The target is an update of rank 6, 12 x 16, seen through noise; every step has a fresh batch of 32. Adam's epsilon
+    is 0, almost.
     """
     source = torch.Generator().manual_seed(4)
 
@@ -79,7 +88,8 @@ def _training(rank=8, lr=0.03, lr_b=None, scaling=1.0, start=0.25, optimizer="ad
     target = torch.linalg.qr(draw(12, 6))[0] * sigma @ torch.linalg.qr(draw(16, 6))[0].T
     x, held_out = draw(steps, 32, 16), draw(256, 16)
     y = x @ target.T + noise * draw(steps, 32, 12)
-    lora_A, lora_B = (start * draw(rank, 16)).requires_grad_(), torch.zeros(12, rank, dtype=torch.float64, requires_grad=True)
+    lora_A, lora_B = (start * draw(rank, 16)).requires_grad_(), torch.zeros(12, rank, dtype=torch.float64,
+                                                                            requires_grad=True)
     groups = [{"params": [lora_A], "lr": lr}, {"params": [lora_B], "lr": lr if lr_b is None else lr_b}]
     stepper = torch.optim.Adam(groups, eps=1e-100) if optimizer == "adam" else torch.optim.SGD(groups)
 
@@ -106,7 +116,8 @@ def check_stacked(student) -> Verdict:
         ones = torch.ones_like(scaling)
         if _is(got, oracle(x, lora_A, lora_B, ones)):
             return "the scaling is missing."
-        if got.shape == want.shape and any(_is(got, oracle(x, lora_A, lora_B, ones) * wrong) for wrong in _misplaced(scaling, want.shape)):
+        if got.shape == want.shape and any(_is(got, oracle(x, lora_A, lora_B, ones) * wrong)
+                                           for wrong in _misplaced(scaling, want.shape)):
             return "the scaling lines up with the wrong axis: give it the shape (G, 1, 1)."
         if _is(got, want.sum(0)):
             return "the adapters are added up: each group has its own, the result is (G, N, out)."
@@ -125,14 +136,17 @@ def _misplaced(scaling, shape) -> list:
 
 
 def mystery_curves() -> dict[str, list[tuple[int, float]]]:
-    """Exercise 4.4: held-out squared error over the steps, as a share of that at the start, of four tiny trainings made here."""
+    """Exercise 4.4: held-out squared error over the steps, as a share of that at the start, of four tiny trainings
+    made here.
+    """
     return {name: _training(**setting) for name, (_, setting) in CURVES.items()}
 
 
 def check_curves(answers: dict[str, str | None] | None) -> Verdict:
     """Exercise 4.4."""
     return check_match("4.4", answers, right={name: cause for name, (cause, _) in CURVES.items()},
-                       because="too small a rank falls well and then stops at a floor; too high a rate never comes to rest; two zero "
+                       because="too small a rank falls well and then stops at a floor; too high a rate never comes to "
+                       "rest; two zero "
                                "factors get no gradient at all; too low a rate is still on its way at the last step.",
                        hints={"A": "it fell quickly, and then it stopped, quietly. What cannot be had with more steps?",
                               "B": "look how it moves from one point to the next, to the end.",
@@ -141,7 +155,9 @@ def check_curves(answers: dict[str, str | None] | None) -> Verdict:
 
 
 def check_setting(choice: tuple | None, budget: int = 400_000, task: str = "python_docs") -> Verdict:
-    """Exercise 4.5: (rank, rule, learning rate); the recorded test loss against the best whose adapter has at most ``budget`` bytes."""
+    """Exercise 4.5: (rank, rule, learning rate); the recorded test loss against the best whose adapter has at most
+    ``budget`` bytes.
+    """
     record = load_record("rank_alpha")
     runs = {(run["rank"], run["rule"], run["lr"]): run for run in record["grid"] if run["task"] == task}
     fits = {setting: run for setting, run in runs.items() if 4 * run["trainable"] <= budget}
@@ -150,10 +166,12 @@ def check_setting(choice: tuple | None, budget: int = 400_000, task: str = "pyth
         choice = tuple(choice) if isinstance(choice, (tuple, list)) else choice
         if choice not in runs:
             ranks, rules, rates = (record["settings"][key] for key in ("ranks", "rules", "rates"))
-            return _say("4.5", False, f"{choice!r} is not in the record: give (rank, rule, learning rate), with a rank of {ranks}, "
+            return _say("4.5", False, f"{choice!r} is not in the record: give (rank, rule, learning rate), with a rank "
+                        f"of {ranks}, "
                                       f"a rule of {rules} and a rate of {rates}.")
         if choice not in fits:
-            return _say("4.5", False, f"an adapter of rank {choice[0]} has {4 * runs[choice]['trainable']:,} bytes, over the budget of "
+            return _say("4.5", False, f"an adapter of rank {choice[0]} has {4 * runs[choice]['trainable']:,} bytes, "
+                        "over the budget of "
                                       f"{budget:,}.")
         if choice not in scores:
             return _say("4.5", False, "that training diverged: look at the crosses in the map.")

@@ -19,8 +19,10 @@ from lora_edu.training import bistro
 
 SQUARE = "model.layers.3.self_attn.q_proj"       # exercise 6.2: transposed, its update has the shape it should have
 MERGES: dict[str, tuple[str, Callable]] = {      # what was added to W₀, given B @ A and the scaling
-    "A": ("transposed", lambda product, scaling: scaling * product.T), "B": ("right", lambda product, scaling: scaling * product),
-    "C": ("merged twice", lambda product, scaling: 2 * scaling * product), "D": ("scaling forgotten", lambda product, scaling: product)}
+    "A": ("transposed", lambda product, scaling: scaling * product.T),
+                                           "B": ("right", lambda product, scaling: scaling * product),
+    "C": ("merged twice", lambda product, scaling: 2 * scaling * product),
+                                           "D": ("scaling forgotten", lambda product, scaling: product)}
 PLANS = ("merge", "merge in float32", "keep apart", "prefix")
 # exercise 6.4: the most that each situation allows, and of what
 LIMITS = {"A": (0, "operators more than the base runs"), "B": (100, "MB of weights for 200 customers"),
@@ -40,7 +42,8 @@ def check_fold(student) -> Verdict:
                  (scaling * product, "that is the update alone; add it to the weight."),
                  (weight.float() - scaling * product, "the update is added, not subtracted.")]
         if product.shape[0] == product.shape[1]:
-            slips.append((weight.float() + scaling * product.T, "the product is transposed: on a square weight no shape warns you. It is "
+            slips.append((weight.float() + scaling * product.T, "the product is transposed: on a square weight no "
+                          "shape warns you. It is "
                                                                 "lora_B @ lora_A."))
         if said := next((text for wrong, text in slips if _is(got[1], wrong.to(weight.dtype).double())), None):
             return said
@@ -48,17 +51,20 @@ def check_fold(student) -> Verdict:
             return f"the merged weight is {got[0]} and should have the type of the weight, {want[0]}."
         if got[1].shape == want[1].shape and (got[1] - want[1]).abs().max() < 0.02 * want[1].abs().max():
             off = (got[1] != want[1]).sum().item()
-            return (f"{off} of {want[1].numel()} entries differ in their last bit: rounded more than once. Make product and sum in float32 "
-                    "(weight.float()), then round once, at the end.")
+            return (f"{off} of {want[1].numel()} entries differ in their last bit: rounded more than once. Make "
+                    "product and sum in float32 (weight.float()), then round once, at the end.")
 
-    cases = [(randn(5, 3), randn(2, 3), randn(5, 2), 6.0), (randn(4, 4).bfloat16(), randn(2, 4), 0.1 * randn(4, 2, seed=1), 3.0),
+    cases = [(randn(5, 3), randn(2, 3), randn(5, 2), 6.0),
+             (randn(4, 4).bfloat16(), randn(2, 4), 0.1 * randn(4, 2, seed=1), 3.0),
              (randn(24, 16, seed=1).bfloat16(), randn(3, 16, seed=1), 0.05 * randn(24, 3, seed=1), 6.0)]
     attempt = None if student in (None, ...) else lambda *case: _typed(student(*case))
     return check("6.1", attempt, cases=cases, oracle=oracle, hint=hint)
 
 
 def _typed(value):
-    """(the name of its type, its numbers in float64), so that `check` judges a 16-bit answer as exactly as any other."""
+    """(the name of its type, its numbers in float64), so that `check` judges a 16-bit answer as exactly as any
+    other.
+    """
     if value is None or value is ...:
         return None
     name = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
@@ -67,7 +73,9 @@ def _typed(value):
 
 @torch.no_grad()
 def mystery_merges() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Exercise 6.2: W₀ and ΔW of a square matrix of fable with the shipped adapter, and four ways to merge them, three wrong."""
+    """Exercise 6.2: W₀ and ΔW of a square matrix of fable with the shipped adapter, and four ways to merge them,
+    three wrong.
+    """
     model, _ = load_pretrained("fable")
     load_adapter(model, BISTRO_ADAPTER)
     layer = model.get_submodule(SQUARE)
@@ -79,7 +87,8 @@ def mystery_merges() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor
 def check_merges(answers: dict[str, str | None] | None) -> Verdict:
     """Exercise 6.2."""
     return check_match("6.2", answers, right={name: cause for name, (cause, _) in MERGES.items()},
-                       because="the change has ΔW's size in A and B, but in A it points elsewhere, along ΔW.T. C holds ΔW twice, D half of "
+                       because="the change has ΔW's size in A and B, but in A it points elsewhere, along ΔW.T. C holds "
+                       "ΔW twice, D half of "
                                "it, because this adapter's scaling is 2.",
                        hints={"A": "its change is as large as ΔW. Does it also point where ΔW points, or ΔW.T?",
                               "B": "measure how much of ΔW its change holds, and how much of ΔW.T.",
@@ -100,8 +109,10 @@ def check_prefix_cost(student) -> Verdict:
         numbers, left = want.tolist()
         c, given = config, got.tolist()
         per_head = 2 * c.num_hidden_layers * c.head_dim * tokens
-        slips = [(per_head * c.num_attention_heads, "keys and values have num_key_value_heads heads, here fewer than the queries have."),
-                 (2 * c.num_hidden_layers * c.hidden_size * tokens, "a key has num_key_value_heads * head_dim numbers, not hidden_size."),
+        slips = [(per_head * c.num_attention_heads, "keys and values have num_key_value_heads heads, here fewer than "
+                  "the queries have."),
+                 (2 * c.num_hidden_layers * c.hidden_size * tokens, "a key has num_key_value_heads * head_dim numbers, "
+                  "not hidden_size."),
                  (numbers // 2, "keys and values: two numbers where you count one."),
                  (numbers // c.num_hidden_layers, "every layer has a prefix of its own."),
                  (numbers // tokens, "that is one token's prefix.")]
@@ -117,7 +128,8 @@ def check_prefix_cost(student) -> Verdict:
     def config(layers, heads, kv_heads, context, head_dim=4):
         return LlamaConfig(8, 4 * heads, 8, layers, heads, kv_heads, context, head_dim)
 
-    cases = [(config(3, 4, 4, context=32), 5), (config(2, 6, 2, context=48), 10), (config(1, 4, 1, context=20, head_dim=6), 7)]
+    cases = [(config(3, 4, 4, context=32), 5), (config(2, 6, 2, context=48), 10),
+             (config(1, 4, 1, context=20, head_dim=6), 7)]
     return check("6.3", student, cases=cases, oracle=oracle, hint=hint)
 
 
@@ -134,7 +146,9 @@ def _longest(model: Llama, context: int) -> int:
 
 
 def check_choice(answers: dict[str, str | None] | None) -> Verdict:
-    """Exercise 6.4: what each plan does in each situation is measured on fable, and must stay within that situation's limit."""
+    """Exercise 6.4: what each plan does in each situation is measured on fable, and must stay within that
+    situation's limit.
+    """
     if not answers or all(answer in (None, ...) for answer in answers.values()):
         return _not_attempted("6.4")
     measured = consequences()
@@ -144,13 +158,16 @@ def check_choice(answers: dict[str, str | None] | None) -> Verdict:
             return _say("6.4", False, f"{name}: {plan!r} is not one of the plans: {', '.join(PLANS)}.")
         if measured[name][plan] > limit:
             return _say("6.4", False, f"{name}: {plan!r} makes {measured[name][plan]:.3g} {unit}, and {limit} may be.")
-    said = "; ".join(f"{name} {answers[name]}: {measured[name][answers[name]]:.2g} {unit}" for name, (_, unit) in LIMITS.items())
+    said = "; ".join(f"{name} {answers[name]}: {measured[name][answers[name]]:.2g} {unit}"
+                     for name, (_, unit) in LIMITS.items())
     return _say("6.4", True, f"all four within their limits, measured on fable. {said}.")
 
 
 @functools.cache
 def consequences() -> dict[str, dict[str, float]]:
-    """Exercise 6.4: {situation: {plan: what it costs}}, in the units of LIMITS, measured on fable with the shipped adapter."""
+    """Exercise 6.4: {situation: {plan: what it costs}}, in the units of LIMITS, measured on fable with the shipped
+    adapter.
+    """
     base, tokenizer = load_pretrained("fable")
     models = variants(base)
     run = {name: len(operators(model, torch.arange(16)[None])) for name, model in models.items()}
@@ -166,7 +183,9 @@ def consequences() -> dict[str, dict[str, float]]:
 
 
 def _small_update(model, cards, size: float = 0.001) -> dict[str, float]:
-    """How much of the gain on held-out cards each plan loses, %, when the shipped adapter is scaled to ‖ΔW‖ = 0.001 ‖W₀‖."""
+    """How much of the gain on held-out cards each plan loses, %, when the shipped adapter is scaled to ‖ΔW‖ = 0.001
+    ‖W₀‖.
+    """
     load_adapter(model, BISTRO_ADAPTER)
     wide, narrow = twin_in(model, torch.float32), twin_in(model, torch.bfloat16)
     strength = size / merge_lora(model).total.size

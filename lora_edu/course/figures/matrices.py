@@ -17,14 +17,17 @@ def plot_singular_values(matrices, title: str = "Singular values", log: bool = T
     return fig
 
 
-def plot_picture_ranks(picture, ranks=(1, 4, 16), title: str = "Few numbers make a recognisable picture", width: float = 2.1) -> Figure:
+def plot_picture_ranks(picture, ranks=(1, 4, 16), title: str = "Few numbers make a recognisable picture",
+                       width: float = 2.1) -> Figure:
     """A grey picture, (height, width), beside its best versions of the given ranks, each with its count of numbers."""
     pixels = _array(picture)
     U, S, Vh = np.linalg.svd(pixels, full_matrices=False)
-    fig, parts = new_figure(width=width * (1 + len(ranks)), height=width * pixels.shape[0] / pixels.shape[1] + 0.9, columns=1 + len(ranks))
+    fig, parts = new_figure(width=width * (1 + len(ranks)), height=width * pixels.shape[0] / pixels.shape[1] + 0.9,
+                            columns=1 + len(ranks))
     fig.suptitle(title)
     for ax, rank in zip(parts, (None, *ranks)):
-        ax.imshow(pixels if rank is None else U[:, :rank] * S[:rank] @ Vh[:rank], cmap="gray", vmin=pixels.min(), vmax=pixels.max())
+        ax.imshow(pixels if rank is None else U[:, :rank] * S[:rank] @ Vh[:rank], cmap="gray", vmin=pixels.min(),
+                  vmax=pixels.max())
         count = pixels.size if rank is None else rank * sum(pixels.shape)
         ax.set_title(("the picture" if rank is None else f"rank {rank}") + f"\n{count:,} numbers", fontsize=10)
         ax.set_axis_off()
@@ -32,7 +35,9 @@ def plot_picture_ranks(picture, ranks=(1, 4, 16), title: str = "Few numbers make
 
 
 def sample_picture(size: int = 256) -> np.ndarray:
-    """A grey picture to compress, (size, size), 0 to 1: the portrait of Grace Hopper (US Navy, public domain) that matplotlib carries."""
+    """A grey picture to compress, (size, size), 0 to 1: the portrait of Grace Hopper (US Navy, public domain) that
+    matplotlib carries.
+    """
     from matplotlib.cbook import get_sample_data
     from PIL import Image
     with get_sample_data("grace_hopper.jpg") as file:

@@ -1,4 +1,6 @@
-"""The figures of the memory bill: stacked bars beside the cards that may hold them, and prediction beside measurement."""
+"""The figures of the memory bill: stacked bars beside the cards that may hold them, and prediction beside
+measurement.
+"""
 from matplotlib.figure import Figure
 
 from lora_edu.course.page.show import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, new_figure
@@ -6,7 +8,8 @@ from lora_edu.measure.memory import Bill
 from lora_edu.measure.memory_measured import Measured
 
 CARDS = {"T4": 16, "L4": 24, "A100": 40, "A100, H100": 80}        # GB as the makers count, 10⁹ bytes
-LOOKS = {"weights": (SKY, ""), "adapter": (BLACK, ""), "gradients": (VERMILLION, "//"), "optimizer states": (ORANGE, "\\\\"),
+LOOKS = {"weights": (SKY, ""), "adapter": (BLACK, ""), "gradients": (VERMILLION, "//"),
+         "optimizer states": (ORANGE, "\\\\"),
          "activations": (GREEN, ".."), "temporary": (PURPLE, "xx"), "allocator (an allowance)": (GREY, "")}
 GB = 1e9
 AXIS = "GB (10⁹ bytes); dotted: what a card has"
@@ -31,13 +34,15 @@ def stacks(ax, bills: dict[str, Bill]) -> dict[str, list]:
     drawn, left = {}, [0.0] * len(bills)
     for part, (color, hatch) in LOOKS.items():
         width = [bill.parts[part] / GB for bill in bills.values()]
-        drawn[part] = ax.barh(list(bills), width, left=left, height=0.6, color=color, hatch=hatch, edgecolor="white", linewidth=0.5,
+        drawn[part] = ax.barh(list(bills), width, left=left, height=0.6, color=color, hatch=hatch, edgecolor="white",
+                              linewidth=0.5,
                               label=part)
         left = [a + b for a, b in zip(left, width)]
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     where, columns = (-0.3, 7) if len(bills) == 1 else (-0.2, 4)
-    ax.legend(frameon=False, fontsize=8, ncols=columns, columnspacing=1, loc="upper center", bbox_to_anchor=(0.45, where))
+    ax.legend(frameon=False, fontsize=8, ncols=columns, columnspacing=1, loc="upper center",
+              bbox_to_anchor=(0.45, where))
     return drawn
 
 
@@ -49,7 +54,8 @@ def frame(ax, largest: float) -> None:
         if size < right:
             ax.axvline(size, color=BLACK, linestyle=":", linewidth=1)
             if last - size > 0.033 * right:
-                ax.annotate(f"{card}\n{size}", (size, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+                ax.annotate(f"{card}\n{size}", (size, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
+                            textcoords="offset points",
                             fontsize=7, ha="center", va="bottom")
                 last = size
 
@@ -58,13 +64,16 @@ def plot_beside(pairs: dict[str, tuple[Bill, Measured]], title: str) -> Figure:
     """Predicted (filled) beside measured (outlined), MB by category, one panel a model."""
     fig, panels = new_figure(width=3.6 * len(pairs), height=3.2, columns=len(pairs))
     fig.suptitle(title)
-    largest = max(size / 1e6 for pair in pairs.values() for parts in (pair[0].parts, pair[1].parts) for part, size in parts.items()
+    largest = max(size / 1e6 for pair in pairs.values() for parts in (pair[0].parts, pair[1].parts)
+                  for part, size in parts.items()
                   if part in pair[1].parts)
     for ax, (name, (bill, measured)) in zip([panels] if len(pairs) == 1 else panels, pairs.items()):
         parts = list(measured.parts)
         rows = range(len(parts))
-        ax.barh([row - 0.2 for row in rows], [bill.parts[part] / 1e6 for part in parts], height=0.36, color=BLUE, label="predicted")
-        ax.barh([row + 0.2 for row in rows], list(size / 1e6 for size in measured.parts.values()), height=0.36, color="white",
+        ax.barh([row - 0.2 for row in rows], [bill.parts[part] / 1e6 for part in parts], height=0.36, color=BLUE,
+                label="predicted")
+        ax.barh([row + 0.2 for row in rows], list(size / 1e6 for size in measured.parts.values()), height=0.36,
+                color="white",
                 edgecolor=BLACK, hatch="///", label="measured")
         ax.set(title=name, xlabel="MB (10⁶ bytes)", xlim=(0, 1.1 * largest))
         ax.set_yticks(rows, labels=parts)

@@ -1,4 +1,6 @@
-"""The figures of notebook 06: what each way of adapting costs in time, and where each one ends on the learn/forget plane."""
+"""The figures of notebook 06: what each way of adapting costs in time, and where each one ends on the learn/forget
+plane.
+"""
 from itertools import product
 
 from matplotlib.figure import Figure
@@ -7,27 +9,31 @@ from matplotlib.transforms import Bbox
 
 from lora_edu.course.page.show import BLACK, BLUE, COLORS, GREY, LABELS, MARKERS, VERMILLION, new_figure
 
-# Hu et al. (2021), table 1, GPT-2 medium on one RTX 8000: time over that of the merged model, by batch × length, (AdapterL, AdapterH)
+# Hu et al. (2021), table 1, GPT-2 medium on one RTX 8000: time over that of the merged model, by batch × length,
+# (AdapterL, AdapterH)
 PAPER = {"32×512": (1.022, 1.030), "16×256": (1.050, 1.084), "1×128": (1.207, 1.303)}
 TICKS = (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 10)
 DIRECTIONS = ((1, 0), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7), (0, 1), (0, -1))
 
 
 def plot_latency(times: dict, title: str) -> Figure:
-    """Time over the base's, one panel a shape and one row a variant, and the paper's own ratios in the last panel, hollow.
+    """Time over the base's, one panel a shape and one row a variant, and the paper's own ratios in the last panel,
+    hollow.
 
     Args:
-        times: ``{"1×16": {"LoRA": (ratio, low, high), "prefix": None, ...}, ...}``, the same variants for each shape; None is
-            "too noisy to say" and is drawn as that.
+        times: ``{"1×16": {"LoRA": (ratio, low, high), "prefix": None, ...}, ...}``, the same variants for each shape;
+            None is "too noisy to say" and is drawn as that.
     """
     rows = list(next(iter(times.values())))
     for shape, found in times.items():
         if list(found) != rows:
-            raise ValueError(f"{shape} has the variants {', '.join(found)}: give {', '.join(rows)}, and None where a time is too noisy.")
+            raise ValueError(f"{shape} has the variants {', '.join(found)}: give {', '.join(rows)}, and None where a "
+                             "time is too noisy.")
     fig, panels = new_figure(width=2.3 + 1.6 * (len(times) + 1), height=1.2 + 0.34 * len(rows), columns=len(times) + 1)
     fig.suptitle(title)
     fig.supxlabel("time, as a multiple of the base's (log scale, no unit)", fontsize=9)
-    shown = [1.0, *sum(PAPER.values(), ())] + [end for found in times.values() for at in found.values() if at for end in at]
+    shown = [1.0, *sum(PAPER.values(), ())] + [end for found in times.values() for at in found.values() if at
+                                               for end in at]
     ticks = [tick for tick in TICKS if min(shown) / 1.1 < tick < max(shown) * 1.1]
     for ax, (shape, found) in zip(panels, times.items()):
         ax.set_title(f"batch × length\n{shape}", fontsize=9)
@@ -46,7 +52,8 @@ def plot_latency(times: dict, title: str) -> Figure:
 def _interval(ax, y: int, at: tuple[float, float, float] | None) -> None:
     if at is None:
         ax.axhspan(y - 0.32, y + 0.32, color="#dddddd", linewidth=0)
-        ax.annotate("too noisy", (0.5, y), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=8, color=GREY)
+        ax.annotate("too noisy", (0.5, y), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=8,
+                    color=GREY)
         return
     ax.plot(at[1:], [y, y], color=BLUE, linewidth=2)
     ax.plot(at[:1], [y], color=BLUE, marker="o", markersize=5)
@@ -56,8 +63,10 @@ def _paper(ax, rows: list[str]) -> None:
     """Its AdapterL and AdapterH, in the rows of the two kinds of adapter."""
     ax.set_title("Hu et al., table 1\n(one RTX 8000)", fontsize=9)
     for marker, (shape, ratios) in zip("sD^", PAPER.items()):
-        known = {row: ratio for row, ratio in zip(("adapters (one a block)", "adapters (two a block)"), ratios) if row in rows}
-        ax.plot(list(known.values()), [rows.index(row) for row in known], color=VERMILLION, marker=marker, markerfacecolor="none",
+        known = {row: ratio for row, ratio in zip(("adapters (one a block)", "adapters (two a block)"), ratios)
+                 if row in rows}
+        ax.plot(list(known.values()), [rows.index(row) for row in known], color=VERMILLION, marker=marker,
+                markerfacecolor="none",
                 linestyle="none", label=shape)
     ax.legend(frameon=False, fontsize=7, loc="upper right", handletextpad=0.1)
 
@@ -66,8 +75,8 @@ def plot_methods_plane(points: dict, base: tuple[float, float], title: str, floo
     """Where each method ends: what it learned (down is better, log scale) against what it forgot (right is worse).
 
     Args:
-        points: ``{"LoRA": [(tales_loss, task_loss), ...]}``, one pair a seed, nats per token: drawn as their mean and a cross that
-            reaches from the smallest to the largest on both axes.
+        points: ``{"LoRA": [(tales_loss, task_loss), ...]}``, one pair a seed, nats per token: drawn as their mean and a
+            cross that reaches from the smallest to the largest on both axes.
         base: the same pair before training.
         floor: task loss of a fluent model that ignores its input.
     """
@@ -83,7 +92,8 @@ def plot_methods_plane(points: dict, base: tuple[float, float], title: str, floo
                 markerfacecolor=COLORS[i] if i < 7 else "white")      # the eighth method is not the first again
     if floor is not None:
         ax.axhline(floor, color=GREY, linestyle=":", linewidth=1.2)
-        ax.text(0.99, floor, "ignores its input", transform=ax.get_yaxis_transform(), ha="right", va="bottom", color=GREY, fontsize=8)
+        ax.text(0.99, floor, "ignores its input", transform=ax.get_yaxis_transform(), ha="right", va="bottom",
+                color=GREY, fontsize=8)
     ax.margins(0.12)
     ax.minorticks_off()
     ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"))
@@ -92,7 +102,9 @@ def plot_methods_plane(points: dict, base: tuple[float, float], title: str, floo
 
 
 def _name(ax, at: dict) -> None:
-    """Write each name at the nearest place that covers nothing and is not beside another point; a thin line leads to a distant one."""
+    """Write each name at the nearest place that covers nothing and is not beside another point; a thin line leads to
+    a distant one.
+    """
     ax.figure.draw_without_rendering()
     taken = [artist.get_window_extent() for artist in (*ax.lines, *ax.texts)]
     near = {name: Bbox.from_bounds(*ax.transData.transform(point) - 18, 36, 36) for name, point in at.items()}
@@ -100,7 +112,8 @@ def _name(ax, at: dict) -> None:
         full = taken + [box for other, box in near.items() if other != name]
         for away, (dx, dy) in product((11, 20, 32, 46), DIRECTIONS):
             spot = dict(xy=point, xytext=(away * dx, away * dy), textcoords="offset points")
-            text = ax.annotate(name, va="center", ha={1: "left", 0: "center", -1: "right"}[round(dx)], fontsize=9, **spot)
+            text = ax.annotate(name, va="center", ha={1: "left", 0: "center", -1: "right"}[round(dx)], fontsize=9,
+                               **spot)
             box = text.get_window_extent()
             if not box.count_overlaps(full) and ax.bbox.fully_containsx(box.x0) and ax.bbox.fully_containsx(box.x1):
                 break

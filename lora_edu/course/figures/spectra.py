@@ -1,6 +1,7 @@
 """The figures about the spectrum of an update: what is in it, what a rank keeps of it, where it sits.
 
-As in ``plots.py``: one function a picture, no pyplot, and the caller's title states the finding. Read `plot_what_is_kept`
+As in ``plots.py``: one function a picture, no pyplot, and the caller's title states the finding. Read
+`plot_what_is_kept`
 first: it is the figure that the course's argument rests on.
 """
 import numpy as np
@@ -8,19 +9,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lora_edu.course.figures.matrices import _array
-from lora_edu.course.page.show import BLACK, BLUE, COLORS, GREY, LABELS, MARKERS, ORANGE, PURPLE, SKY, VERMILLION, look, new_figure
+from lora_edu.course.page.show import (BLACK, BLUE, COLORS, GREY, LABELS, MARKERS, ORANGE, PURPLE, SKY, VERMILLION,
+                                       look, new_figure)
 
 MANY = 7          # more lines than this cannot be told apart
-LOWEST = 1e-4     # a log axis of singular values ends at this share of the largest: what lies below adds nothing to the energy
+# a log axis of singular values ends at this share of the largest: what lies below adds nothing to the energy
+LOWEST = 1e-4
 NULL_COLORS = (ORANGE, PURPLE, SKY, BLACK, GREY, "#8C6D31", "#5E3C99")
-NULL_DASHES = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 1)), (0, (6, 2, 1, 2, 1, 2)), (0, (8, 3)), (0, (3, 3)))
+NULL_DASHES = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 1)), (0, (6, 2, 1, 2, 1, 2)), (0, (8, 3)),
+               (0, (3, 3)))
 
 
 def plot_spectra(curves: dict, title: str, edge: float | None = None, log: bool = True) -> Figure:
     """Singular values over their index, largest first: ``{"ΔW": sigma, ...}``, one sequence of falling numbers a line.
 
-    More than seven are drawn as thin grey lines with their median in blue: at each index the median of those that reach it.
-    ``edge`` is where the singular values of white noise would end. A log axis shows four powers of ten.
+    More than seven are drawn as thin grey lines with their median in blue: at each index the median of those that reach
+    it. ``edge`` is where the singular values of white noise would end. A log axis shows four powers of ten.
     """
     sigmas = {name: _numbers(sigma, f"the spectrum {name!r}") for name, sigma in curves.items()}
     if not sigmas:
@@ -62,8 +66,8 @@ def plot_what_is_kept(ranks, energy, loss, task, nulls: dict, title: str) -> Fig
         nulls: ``{"random targets": energy, ...}``, the energy kept of updates that learned something else, or nothing.
         title: the finding.
 
-    Each is one number for each rank, or three such sequences, (mean, low, high), which draw a band. All are shares, 1 being
-    everything (the axis shows per cent); None or nan is a point that was not measured.
+    Each is one number for each rank, or three such sequences, (mean, low, high), which draw a band. All are shares, 1
+    being everything (the axis shows per cent); None or nan is a point that was not measured.
     """
     ranks = rising_ranks(ranks)
     fig, ax = new_figure(width=7.5, height=4.2, title=title, xlabel=LABELS["rank kept"],
@@ -80,7 +84,8 @@ def plot_what_is_kept(ranks, energy, loss, task, nulls: dict, title: str) -> Fig
 
 def _grouped_legend(fig: Figure, groups: dict) -> None:
     """One legend to the right of the axes, in which each group of lines stands under a bold heading."""
-    headings = {heading: Line2D([], [], linestyle="none", label=("\n" if i else "") + heading) for i, heading in enumerate(groups)}
+    headings = {heading: Line2D([], [], linestyle="none", label=("\n" if i else "") + heading)
+                for i, heading in enumerate(groups)}
     lines = [line for heading, group in groups.items() if group for line in (headings[heading], *group)]
     legend = fig.legend(handles=lines, loc="outside right upper", frameon=False, handlelength=3.2, fontsize=9.5)
     for text in legend.get_texts():
@@ -96,7 +101,8 @@ def _bold_line(ax, i: int, ranks, name: str, given):
 def _thin_line(ax, i: int, ranks, name: str, given):
     mean = 100 * _shares(given, len(ranks), name)[0]
     return ax.plot(ranks, mean, label=name, color=NULL_COLORS[i % 7], linestyle=NULL_DASHES[i % 7], linewidth=1.2,
-                   marker=MARKERS[(i + 3) % 7], markersize=4.5, markerfacecolor="white", zorder=4)[0]   # above: one may lie on a bold line
+                   # above: one may lie on a bold line
+                   marker=MARKERS[(i + 3) % 7], markersize=4.5, markerfacecolor="white", zorder=4)[0]
 
 
 def _show_ranks(ax, ranks) -> None:
@@ -125,14 +131,16 @@ def plot_density(values, shape: tuple[int, int], std: float, title: str, density
     ax.plot(x, y, color=VERMILLION, linewidth=2, label="white noise (Marchenko-Pastur)")
     ax.axvline(edge, color=BLACK, linestyle=":", linewidth=1.4, label="edge of white noise")
     if len(above):   # one value in 256 is a bar too low to see: each gets a mark on the axis
-        ax.plot(above, np.zeros(len(above)), color=BLUE, marker="|", markersize=9, markeredgewidth=1.2, linestyle="none", clip_on=False,
+        ax.plot(above, np.zeros(len(above)), color=BLUE, marker="|", markersize=9, markeredgewidth=1.2,
+                linestyle="none", clip_on=False,
                 label=f"{len(above)} beyond the edge")
     ax.legend(frameon=False)
     return fig
 
 
 def plot_layers(table: dict, title: str, label: str) -> Figure:
-    """One number for each matrix of each layer, ``{(layer, "q_proj"): number}``: a heat map with the numbers written in.
+    """One number for each matrix of each layer, ``{(layer, "q_proj"): number}``: a heat map with the numbers written
+    in.
 
     Layers go down, matrices across, in the order of their first appearance; a pair that is missing stays white.
     """
@@ -163,7 +171,8 @@ def _readable_on(rgba) -> str:
 def plot_parts(whole, part, title: str, titles=("the whole update", "its low-rank part")) -> Figure:
     """Two matrices of one shape beside each other on one colour scale: white is 0, orange above it, purple below.
 
-    The scale ends where 99.5 % of the whole's entries do (one large entry would pale the rest), which the colour bar's arrows say.
+    The scale ends where 99.5 % of the whole's entries do (one large entry would pale the rest), which the colour bar's
+    arrows say.
     """
     whole, part = _array(whole), _array(part)
     if whole.shape != part.shape:
@@ -198,7 +207,8 @@ def _shares(given, count: int, name: str) -> np.ndarray:
     """(mean, low, high), each of ``count`` shares; a single sequence is all three."""
     rows = [given] * 3 if all(np.ndim(part) == 0 for part in given) else given
     if len(rows) != 3 or any(np.shape(row) != (count,) for row in rows):
-        raise ValueError(f"{name!r} does not fit: give {count} shares, one for each rank, or three such sequences, (mean, low, high).")
+        raise ValueError(f"{name!r} does not fit: give {count} shares, one for each rank, or three such sequences, "
+                         "(mean, low, high).")
     values = np.stack([np.asarray(row, dtype=float) for row in rows])
     if np.nanmax(np.abs(values), initial=0) > 2:
         largest = values.flat[np.nanargmax(np.abs(values))]
@@ -210,6 +220,7 @@ def _numbers(values, what: str) -> np.ndarray:
     """A 1-D float64 array from a tensor, an array or a list; finite and not empty."""
     values = values.detach().cpu().double().numpy() if hasattr(values, "detach") else np.asarray(values, dtype=float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"{what} has shape {tuple(values.shape)}" + ("" if np.isfinite(values).all() else " with nan or inf in it")
+        raise ValueError(f"{what} has shape {tuple(values.shape)}"
+                         + ("" if np.isfinite(values).all() else " with nan or inf in it")
                          + ": give one sequence of finite numbers.")
     return values

@@ -6,7 +6,8 @@ from lora_edu.course.figures.curves import plot_two_losses
 from lora_edu.course.page.widgets import picture_with_controls
 
 
-def alpha_dial(alphas, task_loss, tales_loss, texts, title: str = "One dial, two losses", alpha: float | None = None) -> ipywidgets.VBox:
+def alpha_dial(alphas, task_loss, tales_loss, texts, title: str = "One dial, two losses",
+               alpha: float | None = None) -> ipywidgets.VBox:
     """A slider over the strength of an adapter: the text the model writes there, and the two losses with a marker.
 
     Args:
@@ -20,7 +21,8 @@ def alpha_dial(alphas, task_loss, tales_loss, texts, title: str = "One dial, two
     """
     alphas = np.asarray(alphas, dtype=float)
     lengths = {len(alphas), len(task_loss), len(tales_loss), len(alphas) if callable(texts) else len(texts)}
-    if len(lengths) > 1 or len(alphas) < 2 or not np.allclose(np.diff(alphas), alphas[1] - alphas[0]) or alphas[1] <= alphas[0]:
+    if len(lengths) > 1 or len(alphas) < 2 or not np.allclose(np.diff(alphas),
+                                                              alphas[1] - alphas[0]) or alphas[1] <= alphas[0]:
         raise ValueError(f"alpha_dial got {len(alphas)} alphas, {len(task_loss)} and {len(tales_loss)} losses"
                          + ("" if callable(texts) else f" and {len(texts)} texts") +
                          ": give at least two evenly spaced rising alphas, and as many of each other.")
@@ -33,7 +35,8 @@ def alpha_dial(alphas, task_loss, tales_loss, texts, title: str = "One dial, two
         line.set_xdata([alphas[i]] * 2)
         markers.set_data([alphas[i]] * 2, [task_loss[i], tales_loss[i]])
         written = texts(float(alphas[i])) if callable(texts) else texts[i]
-        return f"strength {alphas[i]:.2f}: new task {task_loss[i]:.2f}, tales {tales_loss[i]:.2f} nats per token\n{written}"
+        return (f"strength {alphas[i]:.2f}: new task {task_loss[i]:.2f}, tales {tales_loss[i]:.2f} nats per token\n"
+                f"{written}")
 
     dial = ipywidgets.FloatSlider(value=float(start), min=float(alphas[0]), max=float(alphas[-1]),
                                   step=float(round(alphas[1] - alphas[0], 9)), description="strength")

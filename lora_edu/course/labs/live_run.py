@@ -1,8 +1,9 @@
-"""One LoRA training that moves forward in small pieces of work: what a page can play, pause and go through step by step.
+"""One LoRA training that moves forward in small pieces of work: what a page can play, pause and go through step by
+step.
 
 `LiveRun.advance` works for about a fifth of a second and returns. What it finds is a function of the steps done and of
-nothing else: measuring belongs to fixed steps, and a step counts when all that belongs to it is done. So whoever calls, and
-how often, decides when something is seen and never what.
+nothing else: measuring belongs to fixed steps, and a step counts when all that belongs to it is done. So whoever calls,
+and how often, decides when something is seen and never what.
 """
 import math
 import time
@@ -30,7 +31,8 @@ class Lesson:
     Args:
         tokenizer, prompt: a sample is what the model writes after the prompt.
         batches: ``batches(steps, seed)`` gives the training batches, the same ones each time.
-        heldout, tales: small fixed batches of the task and of tales; each batch is a piece of work, so let it have about 8 rows.
+        heldout, tales: small fixed batches of the task and of tales; each batch is a piece of work, so let it have
+            about 8 rows.
         cards: bistro's test cards for the exam at the end; empty for a task without slots.
     """
 
@@ -59,16 +61,20 @@ class LiveRun:
         adapter: rank, scaling, targets, learning rate and seed (of the random start and of the data).
 
     Attributes:
-        done, steps, complete: steps done, of how many; complete is True when there is nothing left to do, the exam included.
+        done, steps, complete: steps done, of how many; complete is True when there is nothing left to do, the exam
+            included.
         losses: one for each step done, that of the step's batch before its update, nats per token.
-        points: held-out and tales loss before the first step (known from step 1 on), at every 10th and at the last step.
+        points: held-out and tales loss before the first step (known from step 1 on), at every 10th and at the last
+            step.
         samples: (step, text) at every 25th and at the last step.
         sigma: singular values of scaling * B A of the matrix `watched`, largest first, after the steps done.
-        slots: share of the slots right at the end, or None. diverged: the step whose loss was not a finite number, or None.
+        slots: share of the slots right at the end, or None. diverged: the step whose loss was not a finite number, or
+            None.
         report: what `apply_lora` said: trainable numbers, bytes.
 
     Raises:
-        ValueError: settings that do not fit the model, as in `apply_lora`; more steps than batches, when they are reached.
+        ValueError: settings that do not fit the model, as in `apply_lora`; more steps than batches, when they are
+            reached.
     """
 
     def __init__(self, base: nn.Module, adapter: LoRASettings, lesson: Lesson, steps: int = 100):
@@ -81,7 +87,8 @@ class LiveRun:
         self.slots = self.diverged = None
         self.device = next(base.parameters()).device
         self.model = share_weights(base)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):     # other cells' random numbers stay theirs
+        # other cells' random numbers stay theirs
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(adapter.seed)
             self.report = apply_lora(self.model, adapter.target_modules, adapter.rank, adapter.scaling * adapter.rank)
         self.watched = middle(list(self.report.matched))
@@ -89,7 +96,8 @@ class LiveRun:
         self._work = self._pieces(adapter)
 
     def advance(self, target: int | None = None, seconds: float = 0.2) -> int:
-        """Work until `target` steps are done (None: to the end, the exam included) or for about `seconds`; returns the steps done.
+        """Work until `target` steps are done (None: to the end, the exam included) or for about `seconds`; returns the
+        steps done.
 
         At least one piece of work is done, if there is any. After an exception the run cannot go on: build another.
         """
@@ -98,7 +106,8 @@ class LiveRun:
             last = now
             next(self._work)
             now = time.perf_counter()
-            if now - began + (now - last) / 2 > seconds:      # another such piece would end further from the mark than this one
+            # another such piece would end further from the mark than this one
+            if now - began + (now - last) / 2 > seconds:
                 break
         return self.done
 
@@ -110,7 +119,8 @@ class LiveRun:
     def _pieces(self, adapter: LoRASettings) -> Generator[None, None, None]:
         """All the work, a pause after each piece; what belongs to a step is published together."""
         before = yield from self._measure(0)
-        autocast = sixteen_bits(self.device) if self.device.type == "cuda" else None     # float32 on a CPU, whichever it is
+        # float32 on a CPU, whichever it is
+        autocast = sixteen_bits(self.device) if self.device.type == "cuda" else None
         batches = self.lesson.batches(self.steps, adapter.seed)
         for step in train(self.model, batches, self.steps, adapter.lr, autocast=autocast):
             last, found, sample = step.step == self.steps, [] if self.points else [before], []
@@ -120,7 +130,9 @@ class LiveRun:
                 found.append((yield from self._measure(step.step)))
             if last or step.step % SAMPLE_EVERY == 0:
                 yield
-                sample = [(step.step, completions(self.model, self.lesson.tokenizer, [self.lesson.prompt], max_new_tokens=SAMPLE)[0])]
+                sample = [(step.step,
+                           completions(self.model, self.lesson.tokenizer, [self.lesson.prompt],
+                                       max_new_tokens=SAMPLE)[0])]
             if not all(map(math.isfinite, (step.loss, *sigma, *(point.heldout + point.tales for point in found)))):
                 self.diverged, self.complete = step.step, True
                 yield
@@ -157,7 +169,8 @@ class LiveRun:
 
 def middle(names: list[str]) -> str:
     """The matrix to watch: o_proj of the middle layer, else its v_proj, else whatever comes first there."""
-    ending = next((e for e in ("o_proj", "v_proj") if any(name.endswith(e) for name in names)), names[0].rpartition(".")[2])
+    ending = next((e for e in ("o_proj", "v_proj") if any(name.endswith(e) for name in names)),
+                  names[0].rpartition(".")[2])
     kind = [name for name in names if name.endswith(ending)]
     return kind[len(kind) // 2]
 

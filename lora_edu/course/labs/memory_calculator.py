@@ -11,7 +11,8 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 WHERE = ("all linear layers", "queries and values", "attention")
 TARGETS = {"llama": ("all-linear", ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")),
-           "gpt2": ("all-linear", ("attn.c_attn",), ("attn.c_attn", "attn.c_proj"))}      # GPT-2 keeps q, k and v in one matrix
+           # GPT-2 keeps q, k and v in one matrix
+           "gpt2": ("all-linear", ("attn.c_attn",), ("attn.c_attn", "attn.c_proj"))}
 
 
 def memory_calculator(model: str = "llama-3.1-8b") -> ipywidgets.VBox:
@@ -25,7 +26,8 @@ def memory_calculator(model: str = "llama-3.1-8b") -> ipywidgets.VBox:
 
     def update(model, method, rank, targets, recipe, optimizer, batch, length, checkpointing):
         sizes = PRESETS[model]
-        said = bill(model, method, rank, TARGETS[sizes.kind][WHERE.index(targets)], recipe, optimizer, batch, min(length, sizes.context),
+        said = bill(model, method, rank, TARGETS[sizes.kind][WHERE.index(targets)], recipe, optimizer, batch,
+                    min(length, sizes.context),
                     checkpointing)
         ax.clear()
         ax.set_xlabel(AXIS)
@@ -37,14 +39,15 @@ def memory_calculator(model: str = "llama-3.1-8b") -> ipywidgets.VBox:
         parts = ", ".join(f"{name} {value / GB:,.2f}" for name, value in said.parts.items() if value)
         cut = f" (length {sizes.context}, the whole context)" if length > sizes.context else ""
         return (f"{said.summary()}{cut}\nGB: {parts}; total {said.total / GB:,.2f} GB = {said.total:,.0f} bytes\n"
-                + (f"fits on: {', '.join(f'{card} ({CARDS[card]} GB)' for card in room)}" if room else "fits on none of these cards: "
-                   f"{said.total / (80 * GB):.1f} times an 80 GB card"))
+                + (f"fits on: {', '.join(f'{card} ({CARDS[card]} GB)' for card in room)}" if room else "fits on none "
+                   f"of these cards: {said.total / (80 * GB):.1f} times an 80 GB card"))
 
     wide = {"layout": ipywidgets.Layout(width="250px")}
     return picture_with_controls(
         fig, update,
         model=ipywidgets.Dropdown(options=list(PRESETS), value=model, description="model", **wide),
-        method=ipywidgets.ToggleButtons(options=["lora", "full"], value="lora", description="method", style={"button_width": "auto"}),
+        method=ipywidgets.ToggleButtons(options=["lora", "full"], value="lora", description="method",
+                                        style={"button_width": "auto"}),
         rank=ipywidgets.SelectionSlider(options=RANKS, value=8, description="rank r"),
         targets=ipywidgets.Dropdown(options=list(WHERE), value=WHERE[0], description="targets", **wide),
         recipe=ipywidgets.Dropdown(options=list(RECIPES), value="bf16-mixed", description="recipe", **wide),

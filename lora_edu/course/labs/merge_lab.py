@@ -1,8 +1,8 @@
 """The merge lab: fold an adapter into the weights, in a dtype and at a strength, and see what arrives.
 
-Two of its pictures are of one matrix: which entries' update was rounded away, and how far off the whole update is. In the third, lines
-are the losses with the adapter kept apart, dots those with the weights merged. Both are computed in float32, the merged weights' values
-cast up, so what differs is the merge's doing and not that of 16-bit arithmetic.
+Two of its pictures are of one matrix: which entries' update was rounded away, and how far off the whole update is. In
+the third, lines are the losses with the adapter kept apart, dots those with the weights merged. Both are computed in
+float32, the merged weights' values cast up, so what differs is the merge's doing and not that of 16-bit arithmetic.
 """
 import functools
 
@@ -28,23 +28,27 @@ FACTORS = np.geomspace(5e-4, 2, 20)      # of the update, for the lines of the m
 
 
 def merge_lab(model: nn.Module, name: str, task: Batch, tales: Batch) -> ipywidgets.VBox:
-    """Controls for dtype, strength, and a factor that makes the update smaller, above one matrix, its error and two losses.
+    """Controls for dtype, strength, and a factor that makes the update smaller, above one matrix, its error and two
+    losses.
 
     Args:
         model: a Llama whose LoRA layers were trained (`load_adapter`); it stays as it is, bit for bit.
         name: of the layer to look at, such as "model.layers.3.mlp.down_proj".
-        task, tales: a batch of the new task and one of tales; small, since every move measures both: two rows of 100 tokens will do.
+        task, tales: a batch of the new task and one of tales; small, since every move measures both: two rows of 100
+            tokens will do.
 
     Raises:
         ValueError: no LoRA layer of that name, or its update is zero or not finite.
     """
     if name not in dict(some_lora_layers(model)):
-        raise ValueError(f"{name!r} is no LoRA layer of this model: choose one of {shorten([each for each, _ in lora_layers(model)])}.")
+        raise ValueError(f"{name!r} is no LoRA layer of this model: choose one of "
+                         f"{shorten([each for each, _ in lora_layers(model)])}.")
     twins = {dtype: twin_in(model, getattr(torch, dtype)) for dtype in ("float32", "bfloat16", "float16")}
     lines = {dtype: [_fold(twin.get_submodule(name), factor)[0] for factor in FACTORS] for dtype, twin in twins.items()}
     own = lines["float32"][-1].size / FACTORS[-1]
     if own == 0:
-        raise ValueError(f"the update of {name!r} is zero, so a merge has nothing to lose: load an adapter, or train one, first.")
+        raise ValueError(f"the update of {name!r} is zero, so a merge has nothing to lose: load an adapter, or train "
+                         "one, first.")
     apart = functools.cache(lambda strength: losses_at(twins["float32"], strength, (task, tales), merged=False))
     merged = functools.cache(lambda dtype, strength: losses_at(twins[dtype], strength, (task, tales), merged=True))
     picture = _Picture(lines, [apart(strength) for strength in STRENGTHS])
@@ -53,18 +57,23 @@ def merge_lab(model: nn.Module, name: str, task: Batch, tales: Batch) -> ipywidg
         effective = round(strength, 1) * SCALES[scaled]
         found, corner = _fold(twins[dtype].get_submodule(name), effective)
         picture.draw(found, corner, effective, merged(dtype, effective))
-        return (f"{dtype}, strength {strength:.1f}" + (f" scaled down to {scaled}, {effective:.3g} in effect" if scaled != "1" else "")
-                + f": ‖ΔW‖/‖W₀‖ = {found.size:.2g} in {name}; as trained it is {own:.2g}, a smaller one is this adapter scaled down by us\n"
+        return (f"{dtype}, strength {strength:.1f}"
+                + (f" scaled down to {scaled}, {effective:.3g} in effect" if scaled != "1" else "")
+                + f": ‖ΔW‖/‖W₀‖ = {found.size:.2g} in {name}; as trained it is {own:.2g}, a smaller one is this "
+                "adapter scaled down by us\n"
                 + _in_words(found, corner, apart(0.0), apart(effective), merged(dtype, effective)))
     return picture_with_controls(
         picture.fig, update,
-        dtype=ipywidgets.ToggleButtons(options=list(twins), value="bfloat16", description="dtype", style={"button_width": "auto"}),
+        dtype=ipywidgets.ToggleButtons(options=list(twins), value="bfloat16", description="dtype",
+                                       style={"button_width": "auto"}),
         strength=ipywidgets.FloatSlider(value=1.0, min=-1.0, max=2.0, step=0.1, description="strength"),
         scaled=ipywidgets.SelectionSlider(options=list(SCALES), value="1", description="scaled down"))
 
 
 def twin_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model around the same weights, those under LoRA stored in `dtype`; all else, the factors too, in float32 on the CPU."""
+    """The model around the same weights, those under LoRA stored in `dtype`; all else, the factors too, in float32
+    on the CPU.
+    """
     twin = share_weights(model).cpu().float().eval()
     for _, layer in lora_layers(twin):
         layer.weight.data = layer.weight.data.to(dtype)
@@ -72,7 +81,9 @@ def twin_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _fold(layer: LoRALinear, strength: float) -> tuple[Rounding, np.ndarray]:
-    """`strength` times the trained update, folded: what became of it, and |arrived - ΔW| / |ΔW| in the corner (nan: rounded away)."""
+    """`strength` times the trained update, folded: what became of it, and |arrived - ΔW| / |ΔW| in the corner (nan:
+    rounded away).
+    """
     layer.scaling = strength * layer.alpha / layer.rank
     folded, delta = layer.fold()
     meant, came = (t[:CORNER, :CORNER].double() for t in (delta, folded.double() - layer.weight.double()))
@@ -81,7 +92,9 @@ def _fold(layer: LoRALinear, strength: float) -> tuple[Rounding, np.ndarray]:
 
 
 def losses_at(twin: nn.Module, strength: float, batches: tuple[Batch, ...], merged: bool) -> tuple[float, ...]:
-    """The mean loss on each batch, nats per token, at a strength of the adapter: merged (the values cast up to float32), or apart."""
+    """The mean loss on each batch, nats per token, at a strength of the adapter: merged (the values cast up to
+    float32), or apart.
+    """
     for _, layer in lora_layers(twin):
         layer.scaling = strength * layer.alpha / layer.rank
         layer.merged_weight = layer.folded_weight().float() if merged else None
@@ -91,8 +104,9 @@ def losses_at(twin: nn.Module, strength: float, batches: tuple[Batch, ...], merg
 def _in_words(found: Rounding, corner: np.ndarray, base: tuple, apart: tuple, merged: tuple) -> str:
     lost = np.isnan(corner)
     return "\n".join([
-        f"rounded away, W₀'s value stayed: {found.lost:,} of {found.entries:,} entries ({found.rounded_away:.2%}); in the corner shown "
-        f"{lost.sum():,} of {corner.size:,}, the others off by {0 if lost.all() else np.median(corner[~lost]):.2g} of theirs (median)",
+        f"rounded away, W₀'s value stayed: {found.lost:,} of {found.entries:,} entries ({found.rounded_away:.2%}); in "
+        f"the corner shown {lost.sum():,} of {corner.size:,}, the others off by "
+        f"{0 if lost.all() else np.median(corner[~lost]):.2g} of theirs (median)",
         f"the update that arrived is off by {found.error:.2g} of its size, over the whole matrix",
         *(f"loss on {what}: {b:.4f} nats per token without the adapter, {a:.4f} with it kept apart, {m:.4f} merged "
           f"({m - a:+.4f} by the merge)" for what, b, a, m in zip(("the new task", "the tales"), base, apart, merged))])
@@ -104,13 +118,15 @@ class _Picture:
     def __init__(self, lines: dict[str, list[Rounding]], losses: list[tuple[float, float]]):
         self.fig, (corner, middle, right) = new_figure(width=9.4, height=3.4, columns=3)
         self.fig.set_dpi(90)
-        shades = ListedColormap(colormaps["Blues"](np.linspace(0, 0.65, 64))).with_extremes(bad=BLACK)     # reads without colour
+        # reads without colour
+        shades = ListedColormap(colormaps["Blues"](np.linspace(0, 0.65, 64))).with_extremes(bad=BLACK)
         self.image = corner.imshow(np.zeros((CORNER, CORNER)), cmap=shades, vmin=0, vmax=1, interpolation="nearest")
         corner.grid(visible=False)
         corner.set(xlabel="column (input)", ylabel="row (output)", title="error of each entry\n(black: rounded away)")
         self.fig.colorbar(self.image, ax=corner, shrink=0.8, ticks=(0, 0.5, 1))
         for i, (dtype, found) in enumerate(lines.items()):
-            middle.loglog([each.size for each in found], [each.error for each in found], label=dtype, markevery=4, **look(i))
+            middle.loglog([each.size for each in found], [each.error for each in found], label=dtype, markevery=4,
+                          **look(i))
         middle.set(ylim=(1e-9, 1e2), xlabel=r"$\|\Delta W\| / \|W_0\|$ (no unit)", title="error of the whole update",
                    ylabel=r"$\|$ arrived $-\,\Delta W\| / \|\Delta W\|$ (no unit)")
         middle.minorticks_off()      # ticks are most of what a redraw costs

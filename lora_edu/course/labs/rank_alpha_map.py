@@ -1,8 +1,9 @@
-"""The explorer of a recorded grid: rank by learning rate, one cell a training, and the path of the cell under the sliders.
+"""The explorer of a recorded grid: rank by learning rate, one cell a training, and the path of the cell under the
+sliders.
 
-Read `grid_explorer` first. A map of one alpha rule beside that of another answers the notebook's question at a glance: does the
-best learning rate of a row move with the rank? The best is chosen on the validation split, whatever the map shows, so that
-the tales can be read beside a choice that did not look at them.
+Read `grid_explorer` first. A map of one alpha rule beside that of another answers the notebook's question at a glance:
+does the best learning rate of a row move with the rank? The best is chosen on the validation split, whatever the map
+shows, so that the tales can be read beside a choice that did not look at them.
 """
 import itertools
 from html import escape
@@ -29,11 +30,13 @@ def grid_explorer(record: dict, trainer=None) -> ipywidgets.VBox:
     """Controls for task, alpha rule, measure, rank and learning rate, above the map and the path of the chosen cell.
 
     Args:
-        record: as `load_record("rank_alpha")` gives it: one run for every rank, learning rate, rule and task of its settings.
-        trainer: what a button hands the chosen setting to, by ``trainer.open(task=, rule=, rank=, alpha=, lr=)``; None: no button.
+        record: as `load_record("rank_alpha")` gives it: one run for every rank, learning rate, rule and task of its
+            settings.
+        trainer: what a button hands the chosen setting to, by ``trainer.open(task=, rule=, rank=, alpha=, lr=)``; None:
+            no button.
 
-    The brighter a cell, the better; its number is written in it. A dashed frame is a row's best rate, a solid one the chosen
-    cell, a cross a training that diverged.
+    The brighter a cell, the better; its number is written in it. A dashed frame is a row's best rate, a solid one the
+    chosen cell, a cross a training that diverged.
 
     Raises:
         ValueError: the record is not complete; the sentence names what is missing.
@@ -55,32 +58,41 @@ def grid_explorer(record: dict, trainer=None) -> ipywidgets.VBox:
 
     wide = {"style": {"button_width": "auto"}}
     controls = dict(   # buttons and sliders, no Dropdown: see explorer.py
-        task=ipywidgets.ToggleButtons(options=[(TASKS.get(task, task), task) for task in tasks], description="task", **wide),
-        rule=ipywidgets.ToggleButtons(options=[(RULES.get(rule, rule), rule) for rule in rules], description="rule", **wide),
-        measure=ipywidgets.ToggleButtons(options=[(text, name) for name, text in MEASURES.items()], description="measure", **wide),
+        task=ipywidgets.ToggleButtons(options=[(TASKS.get(task, task), task) for task in tasks], description="task",
+                                      **wide),
+        rule=ipywidgets.ToggleButtons(options=[(RULES.get(rule, rule), rule) for rule in rules], description="rule",
+                                      **wide),
+        measure=ipywidgets.ToggleButtons(options=[(text, name) for name, text in MEASURES.items()],
+                                         description="measure", **wide),
         rank=ipywidgets.SelectionSlider(options=ranks, value=ranks[len(ranks) // 2], description="rank r"),
         lr=ipywidgets.SelectionSlider(options=[(f"{rate:g}", rate) for rate in rates], value=rates[len(rates) // 2],
                                       description="rate", style={"description_width": "auto"}))
     box = picture_with_controls(picture.fig, update, **controls)
     if trainer is not None:
-        box.children += (_opener(trainer, lambda: cells[tuple(controls[name].value for name in ("task", "rule", "rank", "lr"))]),)
+        box.children += (_opener(trainer,
+                                 lambda: cells[tuple(controls[name].value
+                                                     for name in ("task", "rule", "rank", "lr"))]),)
     return box
 
 
 def check_grid(record: dict) -> dict:
-    """Every run of the record by (task, rule, rank, learning rate). Raises ValueError unless each is there exactly once."""
+    """Every run of the record by (task, rule, rank, learning rate).
+
+    Raises ValueError unless each is there exactly once.
+    """
     if absent := [key for key in ("settings", "before", "grid") if key not in record]:
-        raise ValueError(f"this record has no {absent[0]!r}: a grid needs 'settings', 'before' and 'grid', "
-                         "as `python -m lora_edu.record rank_alpha` makes it.")
+        raise ValueError(f"this record has no {absent[0]!r}: a grid needs 'settings', 'before' and 'grid', as `python "
+                         "-m lora_edu.record rank_alpha` makes it.")
     cells = {(run["task"], run["rule"], run["rank"], run["lr"]): run for run in record["grid"]}
     wanted = list(itertools.product(*(record["settings"][key] for key in ("tasks", "rules", "ranks", "rates"))))
     if missing := [key for key in wanted if key not in cells]:
         task, rule, rank, lr = missing[0]
-        raise ValueError(f"{len(missing)} of the grid's {len(wanted)} cells are missing, the first of them rank {rank} at learning rate "
-                         f"{lr:g}, rule {rule!r}, on {task}: make the record again, with every combination of its settings.")
+        raise ValueError(f"{len(missing)} of the grid's {len(wanted)} cells are missing, the first of them rank {rank} "
+                         f"at learning rate {lr:g}, rule {rule!r}, on {task}: make the record again, with every "
+                         "combination of its settings.")
     if len(record["grid"]) != len(wanted):
-        raise ValueError(f"the grid has {len(record['grid'])} cells where its settings name {len(wanted)}: leave out what is there twice "
-                         "or is not named by the settings.")
+        raise ValueError(f"the grid has {len(record['grid'])} cells where its settings name {len(wanted)}: leave out "
+                         "what is there twice or is not named by the settings.")
     return cells
 
 
@@ -93,7 +105,8 @@ class _Picture:
         self.fig.set_dpi(90)
         self.map.grid(visible=False)
         self.map.set(xlabel=LABELS["lr"], ylabel=LABELS["rank"])
-        self.image = self.map.imshow(np.zeros((len(ranks), len(rates), 3)), aspect="auto", origin="lower", interpolation="nearest")
+        self.image = self.map.imshow(np.zeros((len(ranks), len(rates), 3)), aspect="auto", origin="lower",
+                                     interpolation="nearest")
         self.map.set_xticks(range(len(rates)), labels=[f"{rate:g}" for rate in rates], fontsize=8)
         self.map.set_yticks(range(len(ranks)), labels=[f"{rank:g}" for rank in ranks])
         self.numbers = {(y, x): self.map.text(x, y, "", ha="center", va="center", fontsize=8)
@@ -113,7 +126,8 @@ class _Picture:
 
     def _frame(self, wide: float, narrow: float, dashes):
         """A white line in a black one: seen on every colour."""
-        return [self.map.plot([], [], color=color, linewidth=width, linestyle=style, solid_joinstyle="miter", clip_on=False)[0]
+        return [self.map.plot([], [], color=color, linewidth=width, linestyle=style, solid_joinstyle="miter",
+                              clip_on=False)[0]
                 for color, width, style in ((BLACK, wide, "-"), ("white", narrow, dashes))]
 
     def draw_map(self, table: np.ndarray, scale: tuple, measure: str, best: list, chosen: dict) -> None:
@@ -123,7 +137,8 @@ class _Picture:
         colors[np.isnan(table)] = 1.0
         self.image.set_data(colors)
         for (y, x), value in np.ndenumerate(table):
-            self.numbers[y, x].set(text="" if np.isnan(value) else _short(value, measure), color=_readable_on(colors[y, x]))
+            self.numbers[y, x].set(text="" if np.isnan(value) else _short(value, measure),
+                                   color=_readable_on(colors[y, x]))
         self.crosses.set_data(*_strokes(np.argwhere(np.isnan(table)), CROSS))
         for lines, runs, size in ((self.best, best, 0.8), (self.here, [chosen], 1.0)):
             places = [(self.ranks.index(run["rank"]), self.rates.index(run["lr"])) for run in runs if run]
@@ -137,7 +152,8 @@ class _Picture:
         start = record["before"]["task"][task]["valid"]
         lowest = min((run["valid"] for run in runs if run["valid"] is not None), default=start)
         room = max(start - lowest, 0.1)
-        self.side.set(xlim=(0, 1.04 * record["settings"]["tasks"][task]["steps"]), ylim=(lowest - 0.1 * room, start + 0.4 * room))
+        self.side.set(xlim=(0, 1.04 * record["settings"]["tasks"][task]["steps"]),
+                      ylim=(lowest - 0.1 * room, start + 0.4 * room))
         steps, train, valid = np.array(chosen["path"], dtype=float).reshape(-1, 3).T
         self.train.set_data(steps, train)
         self.valid.set_data(steps, valid)
@@ -153,7 +169,10 @@ def _table(cells: dict, task: str, rule: str, ranks: list, rates: list, measure:
 
 
 def _scale(tables: list, measure: str) -> tuple[float, float]:
-    """Where the colours begin and end: the same for all rules. Three tenths of the losses may lie beyond, or they would pale the rest."""
+    """Where the colours begin and end: the same for all rules.
+
+    Three tenths of the losses may lie beyond, or they would pale the rest.
+    """
     known = np.concatenate([table[~np.isnan(table)] for table in tables])
     if measure == "slots" or not len(known):
         return 0.0, 100.0
@@ -185,9 +204,9 @@ def _said(run: dict, row, rates: list, measure: str, best: dict, record: dict) -
                        for step, *both in run["path"])
     cells = ", ".join(f"{lr:g}: {_short(value, measure)}" for lr, value in zip(rates, row))
     here, top = (_place(each) for each in (best[run["rank"]], _best([each for each in best.values() if each])))
-    return [f"{_named(run)}: rank {run['rank']}, alpha {run['alpha']:g}, scaling "
-            f"{run['scaling']:.4g}, learning rate {run['lr']:g}; {run['trainable']:,} trainable numbers, an adapter of "
-            f"{4 * run['trainable']:,} bytes in float32",
+    return [f"{_named(run)}: rank {run['rank']}, alpha {run['alpha']:g}, scaling {run['scaling']:.4g}, learning rate "
+            f"{run['lr']:g}; {run['trainable']:,} trainable numbers, an adapter of {4 * run['trainable']:,} bytes in "
+            "float32",
             _at_the_end(run, record["before"], record["settings"]["tasks"][run["task"]]["steps"]),
             f"path, train / held-out: {losses or 'none'}",
             f"this row, {LABELS[TITLES[measure]]} at each learning rate: {cells}",
@@ -198,12 +217,15 @@ def _at_the_end(run: dict, before: dict, steps: int) -> str:
     if run["diverged"] is not None:
         return f"diverged at step {run['diverged']} of {steps}: there is no loss to show"
     slots = f"; slots right: {run['slots']:.0%}" if "slots" in run else ""
-    return (f"after {steps} steps, nats per token: test {run['test']:.3f} (before {before['task'][run['task']]['test']:.2f}), "
-            f"validation {run['valid']:.3f}, tales {run['tales']:.2f} (before {before['tales']['its own']:.2f}){slots}")
+    return (f"after {steps} steps, nats per token: test {run['test']:.3f} (before "
+            f"{before['task'][run['task']]['test']:.2f}), validation {run['valid']:.3f}, tales {run['tales']:.2f} "
+            f"(before {before['tales']['its own']:.2f}){slots}")
 
 
 def _place(run: dict | None) -> str:
-    return f"rank {run['rank']} at learning rate {run['lr']:g}, test {run['test']:.3f}" if run else "none, every training diverged"
+    if run is None:
+        return "none, every training diverged"
+    return f"rank {run['rank']} at learning rate {run['lr']:g}, test {run['test']:.3f}"
 
 
 def _opener(trainer, chosen) -> ipywidgets.HBox:

@@ -1,8 +1,9 @@
 """The spectrum explorer: one update, one layer, one matrix, one rank, and what is left of it.
 
-The left picture is the spectrum, the middle one a corner of ΔW, the right one the same corner of its best rank-r part; the
-text gives the numbers, those of the whole model among them. A spectrum alone would tempt to read energy as learning: the
-loss beside it is the guard. Everything comes from stored factors, so nothing is decomposed while a slider moves.
+The left picture is the spectrum, the middle one a corner of ΔW, the right one the same corner of its best rank-r part;
+the text gives the numbers, those of the whole model among them. A spectrum alone would tempt to read energy as
+learning: the loss beside it is the guard. Everything comes from stored factors, so nothing is decomposed while a slider
+moves.
 """
 import functools
 import re
@@ -17,23 +18,29 @@ from lora_edu.course.page.show import BLACK, BLUE, LABELS, VERMILLION, new_figur
 from lora_edu.course.page.widgets import picture_with_controls
 from lora_edu.measure.spectra import Spectrum, gaussian_like, spectrum
 
-CORNER = 128      # rows and columns shown: every entry gets a pixel, where a whole matrix would have to be thinned out or averaged
-DECADES = 1e-3    # the spectrum's axis ends at this share of the largest value: what lies below has under a millionth of its energy
+# rows and columns shown: every entry gets a pixel, where a whole matrix would have to be thinned out or averaged
+CORNER = 128
+# the spectrum's axis ends at this share of the largest value: what lies below has under a millionth of its energy
+DECADES = 1e-3
 
 
 def spectrum_explorer(factors: dict, ranks, losses: dict, measured_on: dict, rank: int = 8) -> ipywidgets.VBox:
-    """Controls for update, layer, matrix and rank kept, above the spectrum, ΔW, its rank-r part, and what they amount to.
+    """Controls for update, layer, matrix and rank kept, above the spectrum, ΔW, its rank-r part, and what they amount
+    to.
 
     Args:
-        factors: ``{"restaurants": {"model.layers.0.self_attn.q_proj": (U, S, Vh), ...}, "random targets": ...}``: updates of one
-            model, each with the same matrices; U (out, k), S (k,) in falling order, Vh (k, in), k the smaller side.
+        factors: ``{"restaurants": {"model.layers.0.self_attn.q_proj": (U, S, Vh), ...}, "random targets": ...}``:
+            updates of one model, each with the same matrices; U (out, k), S (k,) in falling order, Vh (k, in), k the
+            smaller side.
         ranks: the ranks to choose from, rising from 0 to at least the largest k.
-        losses: ``{"restaurants": [loss, ...], ...}``, nats per token of the whole model with every matrix cut to each of the ranks.
+        losses: ``{"restaurants": [loss, ...], ...}``, nats per token of the whole model with every matrix cut to each
+            of the ranks.
         measured_on: ``{"restaurants": "restaurants", ...}``, the data those losses were measured on.
         rank: where the slider starts.
 
-    The heat maps show the top-left 128 x 128 entries, one pixel or more each, on one scale that is symmetric about 0. The
-    spectrum's axes are the same for all matrices; white noise of the same median, and the edge at which that ends, are drawn in.
+    The heat maps show the top-left 128 x 128 entries, one pixel or more each, on one scale that is symmetric about 0.
+    The spectrum's axes are the same for all matrices; white noise of the same median, and the edge at which that ends,
+    are drawn in.
 
     Raises:
         ValueError: the updates, ranks, losses and names do not fit together; the sentence says which.
@@ -50,16 +57,19 @@ def spectrum_explorer(factors: dict, ranks, losses: dict, measured_on: dict, ran
         picture.draw(U, Vh, found, rank)
         energy = found.energy_kept()[:rank + 1][-1].item()
         return "\n".join([f"{what}, layer {layer}, {matrix}: " + _this_matrix(found, rank),
-                          f"energy kept: {energy:.1%} of this matrix, {energies[what][at]:.1%} of all {len(names)} together",
+                          f"energy kept: {energy:.1%} of this matrix, {energies[what][at]:.1%} of all {len(names)} "
+                          "together",
                           f"loss on {measured_on[what]}, " + _this_model(losses[what], at, rank)])
 
     layers, matrices = (list(dict.fromkeys(part)) for part in zip(*names))
-    return picture_with_controls(   # buttons: in JupyterLab an arrow key on a Dropdown moves to the next cell, and the focus is gone
+    # buttons: in JupyterLab an arrow key on a Dropdown moves to the next cell, and the focus is gone
+    return picture_with_controls(
         picture.fig, update,
         what=ipywidgets.ToggleButtons(options=list(factors), description="update", style={"button_width": "auto"}),
         matrix=ipywidgets.ToggleButtons(options=matrices, description="matrix", style={"button_width": "auto"}),
         layer=ipywidgets.SelectionSlider(options=layers, value=layers[0], description="layer"),
-        rank=ipywidgets.SelectionSlider(options=ranks, value=min(ranks, key=lambda r: abs(r - rank)), description="rank kept"))
+        rank=ipywidgets.SelectionSlider(options=ranks, value=min(ranks, key=lambda r: abs(r - rank)),
+                                        description="rank kept"))
 
 
 class _Picture:
@@ -69,11 +79,13 @@ class _Picture:
         self.fig, (left, *maps) = new_figure(width=9.2, height=3.1, columns=3)
         self.fig.set_dpi(90)
         self.fig.set_layout_engine("compressed")
-        left.set(xscale="log", yscale="log", xlim=(0.8, 1.3 * last), ylim=(DECADES * largest, 1.5 * largest), box_aspect=1,
+        left.set(xscale="log", yscale="log", xlim=(0.8, 1.3 * last), ylim=(DECADES * largest, 1.5 * largest),
+                 box_aspect=1,
                  xlabel=LABELS["index"], ylabel=LABELS["sigma"], title="spectrum")
         _plain_ticks(left, last)
         dots = dict(linestyle="none", marker="o", markersize=4)
-        self.gaussian, = left.plot([], [], color=VERMILLION, linestyle="--", linewidth=1.4, label="white noise, same median")
+        self.gaussian, = left.plot([], [], color=VERMILLION, linestyle="--", linewidth=1.4, label="white noise, same "
+                                   "median")
         self.edge = left.axhline(largest, color=BLACK, linestyle=":", linewidth=1.4, label="its edge")
         self.dropped, = left.plot([], [], **dots, color="#9CC3DC", markerfacecolor="white", label="dropped")
         self.kept, = left.plot([], [], **dots, color=BLUE, label="kept")
@@ -81,7 +93,8 @@ class _Picture:
         self.maps, self.images = maps, [_empty_map(ax) for ax in maps]
         maps[0].set(ylabel="row (output)", yticks=(0, CORNER - 1))
         self.bar = self.fig.colorbar(self.images[0], ax=maps, label=LABELS["entry"], extend="both")
-        self.bar.set_ticks([-1, 0, 1], labels=["-0.00000"] * 3)     # the layout is computed once: with the widest text there may be
+        # the layout is computed once: with the widest text there may be
+        self.bar.set_ticks([-1, 0, 1], labels=["-0.00000"] * 3)
 
     def draw(self, U, Vh, found: Spectrum, rank: int) -> None:
         """Show this update at this rank."""
@@ -136,12 +149,16 @@ def _energy_of_all(parts: dict, ranks: list) -> list[float]:
 def _this_matrix(found: Spectrum, rank: int) -> str:
     (out, into), kept = found.shape, min(rank, len(found.values))
     count = kept * (out + into)
-    return (f"{out} × {into}, rank {kept} of {len(found.values)}: {count:,} numbers in two factors, {out * into:,} in the matrix "
-            f"({count / (out * into):.1%}); singular values above the edge of white noise: {found.above_edge().item()}")
+    return (f"{out} × {into}, rank {kept} of {len(found.values)}: {count:,} numbers in two factors, {out * into:,} in "
+            f"the matrix ({count / (out * into):.1%}); singular values above the edge of white noise: "
+            f"{found.above_edge().item()}")
 
 
 def _this_model(losses, at: int, rank: int) -> str:
-    """The loss in words. There may be no improvement to have a share of: a null learns something else, and a cut may do harm."""
+    """The loss in words.
+
+    There may be no improvement to have a share of: a null learns something else, and a cut may do harm.
+    """
     base, now, whole = losses[0], losses[at], losses[-1]
     said = f"every matrix cut to rank {rank}: {now:.2f} nats per token (base {base:.2f}, whole update {whole:.2f})"
     if at == 0:
@@ -154,23 +171,28 @@ def _this_model(losses, at: int, rank: int) -> str:
 
 
 def _check_factors(factors: dict, ranks: list) -> dict[tuple[int, str], str]:
-    """``{(layer, matrix): name}`` of the matrices, by rising layer; a ValueError where the updates do not fit together."""
+    """``{(layer, matrix): name}`` of the matrices, by rising layer; a ValueError where the updates do not fit
+    together.
+    """
     if not factors or not all(factors.values()):
-        raise ValueError('spectrum_explorer needs at least one update with at least one matrix: {"restaurants": {name: (U, S, Vh), ...}}.')
+        raise ValueError('spectrum_explorer needs at least one update with at least one matrix: {"restaurants": {name: '
+                         '(U, S, Vh), ...}}.')
     first, *others = factors
     for what in others:
         if odd := sorted(factors[first].keys() ^ factors[what].keys()):
-            raise ValueError(f"{odd[0]!r} is in only one of {first!r} and {what!r}: every update needs the same matrices.")
+            raise ValueError(f"{odd[0]!r} is in only one of {first!r} and {what!r}: every update needs the same "
+                             "matrices.")
     for what, parts in factors.items():
         for name, (U, S, Vh) in parts.items():
             shape = (len(factors[first][name][0]), factors[first][name][2].shape[1])
             if S.ndim != 1 or len(S) != min(shape) or U.shape != (shape[0], len(S)) or Vh.shape != (len(S), shape[1]):
-                raise ValueError(f"{name!r} of {what!r} has factors {tuple(U.shape)}, {tuple(S.shape)}, {tuple(Vh.shape)}: they should be "
-                                 f"{(shape[0], min(shape))}, {(min(shape),)}, {(min(shape), shape[1])}, as "
-                                 "torch.linalg.svd(delta, full_matrices=False) gives them.")
+                raise ValueError(f"{name!r} of {what!r} has factors {tuple(U.shape)}, {tuple(S.shape)}, "
+                                 f"{tuple(Vh.shape)}: they should be {(shape[0], min(shape))}, {(min(shape),)}, "
+                                 f"{(min(shape), shape[1])}, as torch.linalg.svd(delta, full_matrices=False) gives "
+                                 "them.")
             if len(S) > ranks[-1]:
-                raise ValueError(f"the ranks end at {ranks[-1]}, and {name!r} has {len(S)} singular values: let them end at {len(S)} "
-                                 "or above, so that the last loss is the whole update's.")
+                raise ValueError(f"the ranks end at {ranks[-1]}, and {name!r} has {len(S)} singular values: let them "
+                                 f"end at {len(S)} or above, so that the last loss is the whole update's.")
     return _places(list(factors[first]))
 
 
@@ -180,10 +202,12 @@ def _places(names: list[str]) -> dict[tuple[int, str], str]:
     for name in names:
         found = re.search(r"(?:^|\.)(\d+)\.(?:.*\.)?([^.]+)$", name)
         if not found:
-            raise ValueError(f"{name!r} does not say its layer: names must look like 'model.layers.0.self_attn.q_proj'.")
+            raise ValueError(f"{name!r} does not say its layer: names must look like "
+                             "'model.layers.0.self_attn.q_proj'.")
         place = int(found[1]), found[2]
         if place in places:
-            raise ValueError(f"{places[place]!r} and {name!r} are both {place[1]} of layer {place[0]}: leave one of them out.")
+            raise ValueError(f"{places[place]!r} and {name!r} are both {place[1]} of layer {place[0]}: leave one of "
+                             "them out.")
         places[place] = name
     layers, matrices = sorted({layer for layer, _ in places}), list(dict.fromkeys(matrix for _, matrix in places))
     missing = [f"{matrix} in layer {layer}" for layer in layers for matrix in matrices if (layer, matrix) not in places]
@@ -195,8 +219,8 @@ def _places(names: list[str]) -> dict[tuple[int, str], str]:
 def _check_losses(whats: list[str], ranks: list, losses: dict, measured_on: dict) -> None:
     for what in whats:
         if what not in losses or what not in measured_on:
-            raise ValueError(f"{'losses' if what not in losses else 'measured_on'} has no entry for {what!r}: give one for each of "
-                             f"{', '.join(whats)}.")
+            raise ValueError(f"{'losses' if what not in losses else 'measured_on'} has no entry for {what!r}: give one "
+                             f"for each of {', '.join(whats)}.")
         if len(losses[what]) != len(ranks) or not np.isfinite(np.asarray(losses[what], dtype=float)).all():
-            raise ValueError(f"losses[{what!r}] has {len(losses[what])} numbers: give {len(ranks)} finite ones, one for each of the ranks "
-                             f"{', '.join(map(str, ranks))}.")
+            raise ValueError(f"losses[{what!r}] has {len(losses[what])} numbers: give {len(ranks)} finite ones, one "
+                             f"for each of the ranks {', '.join(map(str, ranks))}.")

@@ -8,20 +8,24 @@ from lora_edu.lora.targets import PROJECTIONS
 
 
 def target_sizes(model: nn.Module) -> dict[str, list[tuple[int, int]]]:
-    """The linear layers LoRA may adapt, by name ending: ``{"q_proj": [(out, in), ...]}``, in the order of ``PROJECTIONS``."""
+    """The linear layers LoRA may adapt, by name ending: ``{"q_proj": [(out, in), ...]}``, in the order of
+    ``PROJECTIONS``.
+    """
     found = {name: [] for name in PROJECTIONS}
     for name, module in model.named_modules():
         ending = name.rpartition(".")[2]
         if isinstance(module, nn.Linear) and ending in found:
             found[ending].append((module.out_features, module.in_features))
     if not any(found.values()):
-        raise ValueError(f"target_picker found no nn.Linear named {', '.join(PROJECTIONS)} in this {type(model).__name__}: "
-                         "give a Llama-like model before apply_lora wraps its layers.")
+        raise ValueError(f"target_picker found no nn.Linear named {', '.join(PROJECTIONS)} in this "
+                         f"{type(model).__name__}: give a Llama-like model before apply_lora wraps its layers.")
     return {name: sizes for name, sizes in found.items() if sizes}
 
 
 def target_picker(model: nn.Module, rank: int = 8, chosen=("q_proj", "v_proj")) -> ipywidgets.VBox:
-    """Tick the layers that get an adapter and choose its rank: what would be trained, counted from the layers' sizes."""
+    """Tick the layers that get an adapter and choose its rank: what would be trained, counted from the layers'
+    sizes.
+    """
     sizes = target_sizes(model)
     frozen = sum(p.numel() for p in model.parameters())
     most = min(64, *(min(size) for group in sizes.values() for size in group))
@@ -40,10 +44,11 @@ def target_picker(model: nn.Module, rank: int = 8, chosen=("q_proj", "v_proj")) 
                     linestyle="-" if ticked[name] else "--")
         count = rank * sum(side for name, side in sides.items() if ticked[name])
         names = ", ".join(name for name in sizes if ticked[name]) or "nothing"
-        return (f"rank {rank} on {names}: {count:,} trainable numbers, {count / (frozen + count):.2%} of {frozen + count:,}; "
-                f"the adapter is {4 * count:,} bytes in float32")
+        return (f"rank {rank} on {names}: {count:,} trainable numbers, {count / (frozen + count):.2%} of "
+                f"{frozen + count:,}; the adapter is {4 * count:,} bytes in float32")
 
-    ticks = {name: ipywidgets.Checkbox(value=name in chosen, description=name, indent=False, layout=ipywidgets.Layout(width="auto"))
+    ticks = {name: ipywidgets.Checkbox(value=name in chosen, description=name, indent=False,
+                                       layout=ipywidgets.Layout(width="auto"))
              for name in sizes}
     slider = ipywidgets.IntSlider(value=rank, min=1, max=most, description="rank r")
     return picture_with_controls(fig, update, rank=slider, **ticks)

@@ -1,7 +1,8 @@
 """The live trainer: choose rank, alpha, rate, matrices and task, press play, and a real model learns in front of you.
 
-`Play` is only a clock: each of its ticks gives the run about a fifth of a second of work, and what the page shows is a function
-of the steps done (see `training/live.py`). Its clock going back starts the run again. A control that moves leaves the run so
+`Play` is only a clock: each of its ticks gives the run about a fifth of a second of work, and what the page shows is a
+function of the steps done (see `training/live.py`). Its clock going back starts the run again. A control that moves
+leaves the run so
 far as a finished curve and begins a new one, at the next tick: while a slider is dragged, no model is made.
 """
 import functools
@@ -60,9 +61,12 @@ def live_trainer(steps: int = 100) -> "Trainer":
 
     def lesson(name: str) -> Lesson:
         task = Task(name, tokenizer, n=48, batch_size=8)
-        return Lesson(tokenizer, task.prompt, functools.partial(task.batches, rows=rows), task.valid, tales, task.cards[:40])
+        return Lesson(tokenizer, task.prompt, functools.partial(task.batches, rows=rows), task.valid, tales,
+                      task.cards[:40])
 
-    place = "a CPU" if rows == 8 else f"a GPU ({device.type}), so more rows a step than the 8 on a CPU, and more steps a tick"
+    place = "a CPU"
+    if rows > 8:
+        place = f"a GPU ({device.type}), so more rows a step than the 8 on a CPU, and more steps a tick"
     return Trainer(base.to(device), lesson, steps, f"trained on {place}: {rows} rows a step")
 
 
@@ -84,14 +88,16 @@ class Trainer:
         self.base, self.lesson, self.steps, self.where = base, functools.cache(lesson), steps, where
         self.sides = {name: sum(map(sum, sizes)) for name, sizes in target_sizes(base).items()}     # numbers at rank 1
         self.run: LiveRun | None = None
-        self.earlier: list[tuple[int, Setting, LiveRun]] = []     # (its place in the picture, settings, run), oldest first
+        # (its place in the picture, settings, run), oldest first
+        self.earlier: list[tuple[int, Setting, LiveRun]] = []
         self.ended, self.problem = 0, ""
         self.playing = False
         self.lock, self.busy = threading.RLock(), False     # JupyterLab may run two controls' callbacks in two threads
         self._build(min(64, *(min(size) for group in target_sizes(base).values() for size in group)))
         self.setting = self._read()
         self.picture = TrainerPicture(steps)
-        self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=self.picture.width, max_width="100%"))
+        self.image = ipywidgets.Image(format="png",
+                                      layout=ipywidgets.Layout(width=self.picture.width, max_width="100%"))
         self.text = ipywidgets.HTML()
         self.box = ipywidgets.VBox([self._rows(), self.image, self.text])
         for control in self.controls.values():
@@ -109,7 +115,8 @@ class Trainer:
         """
         wanted = Setting(task, targets, rule, rank, alpha, lr)
         for name, offered in {"task": TASKS, "targets": PLACEMENTS, "rule": RULES, "lr": RATES,
-                              "rank": range(1, self.controls["rank"].max + 1), "alpha": range(1, self.controls["alpha"].max + 1)}.items():
+                              "rank": range(1, self.controls["rank"].max + 1),
+                              "alpha": range(1, self.controls["alpha"].max + 1)}.items():
             if getattr(wanted, name) not in offered:
                 raise ValueError(f"the trainer has no {name}={getattr(wanted, name)!r}: choose {_choices(offered)}.")
         if rule == "2r" and alpha != 2 * rank:
@@ -123,12 +130,16 @@ class Trainer:
     def _build(self, most: int) -> None:
         wide = {"button_width": "auto"}
         self.controls = {
-            "task": ipywidgets.ToggleButtons(options=[(name, task) for task, name in TASKS.items()], description="task", style=wide),
+            "task": ipywidgets.ToggleButtons(options=[(name, task) for task, name in TASKS.items()], description="task",
+                                             style=wide),
             "targets": ipywidgets.ToggleButtons(options=list(PLACEMENTS), description="matrices", style=wide),
-            "rule": ipywidgets.ToggleButtons(options=[(words, rule) for rule, words in RULES.items()], description="alpha rule", style=wide),
+            "rule": ipywidgets.ToggleButtons(options=[(words, rule) for rule, words in RULES.items()],
+                                             description="alpha rule", style=wide),
             "rank": ipywidgets.IntSlider(value=min(8, most), min=1, max=most, description="rank r"),
-            "alpha": ipywidgets.IntSlider(value=2 * min(8, most), min=1, max=2 * most, description="alpha", disabled=True),
-            "lr": ipywidgets.SelectionSlider(options=[(f"{rate:g}", rate) for rate in RATES], value=8e-3, description="learning rate",
+            "alpha": ipywidgets.IntSlider(value=2 * min(8, most), min=1, max=2 * most, description="alpha",
+                                          disabled=True),
+            "lr": ipywidgets.SelectionSlider(options=[(f"{rate:g}", rate) for rate in RATES], value=8e-3,
+                                             description="learning rate",
                                              style={"description_width": "initial"})}
         self.lock_text = ipywidgets.HTML()
         self.play = ipywidgets.Play(value=0, min=0, max=CLOCK, step=1, interval=200)
@@ -146,7 +157,10 @@ class Trainer:
         return Setting(**{name: control.value for name, control in self.controls.items()})
 
     def _callback(self, act):
-        """A callback: one at a time, then what the controls say is followed, and all is drawn once. Errors are said in the text."""
+        """A callback: one at a time, then what the controls say is followed, and all is drawn once.
+
+        Errors are said in the text.
+        """
         def callback(event):
             with self.lock:
                 if self.busy:      # a control that another callback has moved
@@ -156,7 +170,8 @@ class Trainer:
                     act(event)
                     self._settle()
                 except Exception as error:
-                    self._stop(f"This run ended with an error: {type(error).__name__}: {error} Press reset, or choose other settings.")
+                    self._stop(f"This run ended with an error: {type(error).__name__}: {error} Press reset, or choose "
+                               "other settings.")
                 finally:
                     self.busy = False
                 self._show()
@@ -188,7 +203,8 @@ class Trainer:
 
     def _tick(self, change) -> None:
         playing = getattr(self.play, "playing", getattr(self.play, "_playing", False))     # ipywidgets 8, 7
-        waited, self.playing = self.playing and not playing, playing      # a tick that lay in the page when pause was pressed
+        # a tick that lay in the page when pause was pressed
+        waited, self.playing = self.playing and not playing, playing
         if change.new < change.old:
             self._reset()
         elif not waited:
@@ -212,7 +228,9 @@ class Trainer:
             self.picture.draw(self.setting, self.run, self.earlier)
             self.image.value = png(self.picture.fig)
             count = self.setting.rank * sum(self.sides[name] for name in PLACEMENTS[self.setting.targets])
-            said = "\n".join(filter(None, [self.problem, *words(self.setting, self.run, self.earlier, self.steps, count, self.where)]))
+            said = "\n".join(filter(None,
+                                    [self.problem,
+                                     *words(self.setting, self.run, self.earlier, self.steps, count, self.where)]))
         except Exception as error:
             said = f"This cannot be drawn: {type(error).__name__}: {error}"
         self.text.value = f'<div role="status" style="white-space: pre-wrap; line-height: 1.5">{escape(said)}</div>'

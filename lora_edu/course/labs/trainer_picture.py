@@ -1,6 +1,7 @@
 """What the live trainer shows: one picture and one text, both functions of the settings and the runs alone.
 
-The figure is built once; `TrainerPicture.draw` changes its data. `words` says everything in it for those who do not see it.
+The figure is built once; `TrainerPicture.draw` changes its data. `words` says everything in it for those who do not see
+it.
 """
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -22,14 +23,16 @@ def words(setting, run: LiveRun | None, earlier: list, steps: int, count: int, w
     scaling = f"scaling = alpha / {'√r' if setting.rule == 'rslora' else 'r'} = {setting.adapter.scaling:.2f}"
     lines = [f"step {run.done if run else 0} of {steps}" + _ending(run), str(setting),
              f"{scaling}; {count:,} trainable parameters, {4 * count:,} bytes in float32; {where}"]
-    return lines + (_measured(run) if run and run.done else []) + [f"earlier: {said}: {_summary(each)}" for _, said, each in earlier]
+    return lines + (_measured(run) if run and run.done else []) + [f"earlier: {said}: {_summary(each)}" for _, said,
+                                                                   each in earlier]
 
 
 def _ending(run: LiveRun | None) -> str:
     if run is None:
         return ": press play, or one step"
     if run.diverged:
-        return f": diverged at step {run.diverged}, the loss is no finite number any more; choose a smaller learning rate or alpha"
+        return (f": diverged at step {run.diverged}, the loss is no finite number any more; choose a smaller "
+                "learning rate or alpha")
     if run.complete:
         return ": complete; move a slider, or press reset"
     return ": now the exam" if run.done == run.steps else ""
@@ -37,11 +40,13 @@ def _ending(run: LiveRun | None) -> str:
 
 def _measured(run: LiveRun) -> list[str]:
     first, last, sigma = run.points[0], run.points[-1], [f"{value:.3g}" for value in run.sigma]
-    lines = [f"loss of the step's batch {run.losses[-1]:.3f} nats per token; measured at step {last.step}: held-out {last.heldout:.3f} "
-             f"(before {first.heldout:.3f}), tales {last.tales:.3f} (before {first.tales:.3f})",
-             f"singular values of scaling · BA in {run.watched}: " + ", ".join(sigma[:8]) + (f", … {sigma[-1]}" if len(sigma) > 8 else "")]
+    lines = [f"loss of the step's batch {run.losses[-1]:.3f} nats per token; measured at step {last.step}: held-out "
+             f"{last.heldout:.3f} (before {first.heldout:.3f}), tales {last.tales:.3f} (before {first.tales:.3f})",
+             f"singular values of scaling · BA in {run.watched}: " + ", ".join(sigma[:8])
+             + (f", … {sigma[-1]}" if len(sigma) > 8 else "")]
     if run.samples:
-        lines.append(f"{run.lesson.prompt.rstrip('=>').strip()} → “{run.samples[-1][1]}” (written at step {run.samples[-1][0]})")
+        lines.append(f"{run.lesson.prompt.rstrip('=>').strip()} → “{run.samples[-1][1]}” (written at step "
+                     f"{run.samples[-1][0]})")
     if run.slots is not None:
         lines.append(f"slots right: {run.slots:.0%} on {len(run.lesson.cards)} test prompts")
     return lines
@@ -49,30 +54,36 @@ def _measured(run: LiveRun) -> list[str]:
 
 def _summary(run: LiveRun) -> str:
     last = run.points[-1]
-    return (f"{run.done} of {run.steps} steps, batch {run.losses[-1]:.3f}; "
-            f"at step {last.step} held-out {last.heldout:.3f}, tales {last.tales:.3f}"
+    return (f"{run.done} of {run.steps} steps, batch {run.losses[-1]:.3f}; at step {last.step} held-out "
+            f"{last.heldout:.3f}, tales {last.tales:.3f}"
             + (f"; slots {run.slots:.0%}" if run.slots is not None else "")
             + (f"; diverged at step {run.diverged}" if run.diverged else ""))
 
 
 class TrainerPicture:
-    """One figure, and the artists whose data a redraw sets; the run of now is place 0, earlier ones are places 1 to 5."""
+    """One figure, and the artists whose data a redraw sets; the run of now is place 0, earlier ones are places 1 to
+    5.
+    """
 
     def __init__(self, steps: int):
         self.fig, (loss, self.spectrum, self.plane) = new_figure(width=9.2, height=3.7, columns=3)
         self.fig.set_dpi(90)
         self.width = f"{round(self.fig.get_figwidth() * self.fig.dpi)}px"
-        loss.set(title="thin: batches; marked: held-out", xlabel=LABELS["step"], ylabel=LABELS["loss"], xlim=(0, 1.02 * steps))
-        self.spectrum.set(title="scaling · BA of one matrix", xlabel=LABELS["index"], ylabel=LABELS["sigma"], ylim=(0, 99))
+        loss.set(title="thin: batches; marked: held-out", xlabel=LABELS["step"], ylabel=LABELS["loss"],
+                 xlim=(0, 1.02 * steps))
+        self.spectrum.set(title="scaling · BA of one matrix", xlabel=LABELS["index"], ylabel=LABELS["sigma"],
+                          ylim=(0, 99))
         self.plane.set(title="learned ↓   forgotten →", xlabel="loss on the tales", ylabel="held-out loss")
         self.loss, looks = loss, [_look(place) for place in range(EARLIER + 1)]
-        self.batches = [loss.plot([], [], **look | {"linewidth": 0.7, "marker": None, "linestyle": "-"})[0] for look in looks]
+        self.batches = [loss.plot([], [], **look | {"linewidth": 0.7, "marker": None, "linestyle": "-"})[0]
+                        for look in looks]
         self.heldout = [loss.plot([], [], **look)[0] for look in looks]
         self.paths = [self.plane.plot([], [], markevery=[-1], **look)[0] for look in looks]
         self.star, = self.plane.plot([], [], color=BLACK, marker="*", markersize=12, linestyle="none")
         self.sigma, = self.spectrum.plot([], [], color=BLUE, marker="o", markersize=4, linewidth=0.8)
         self._limits([8], [8], [99])
-        for axis in (axis for ax in self.fig.axes for axis in (ax.xaxis, ax.yaxis)):     # ticks are most of what a redraw costs
+        # ticks are most of what a redraw costs
+        for axis in (axis for ax in self.fig.axes for axis in (ax.xaxis, ax.yaxis)):
             axis.set_major_locator(MaxNLocator(4))
             axis.set_major_formatter("{x:g}")
         self.fig.get_layout_engine().set(rect=(0, 0.2, 1, 0.8))
@@ -100,7 +111,9 @@ class TrainerPicture:
                      [loss for each in runs for loss in (*each.losses, *(p.heldout for p in each.points))], sigma)
 
     def _name(self, place: int, look: dict) -> tuple:
-        """A line of the legend under the panels, in two columns; a matplotlib legend lays itself out anew in every redraw."""
+        """A line of the legend under the panels, in two columns; a matplotlib legend lays itself out anew in every
+        redraw.
+        """
         x, y = 0.015 + 0.5 * (place % 2), 0.15 - 0.055 * (place // 2)
         handle = Line2D([x, x + 0.02, x + 0.04], [y] * 3, transform=self.fig.transFigure, markevery=[1], **look)
         return self.fig.add_artist(handle), self.fig.text(x + 0.05, y, "", va="center", fontsize=8)

@@ -52,8 +52,8 @@ def _truth(holds) -> bool | None:
     value = holds.item() if count == 1 else holds
     if value is None or isinstance(value, bool):
         return value
-    raise ValueError(f"holds is a {type(holds).__name__} ({str(holds)[:40]}), not one truth value: "
-                     "give True, False or None (undecided), for example holds=loss < 3.5.")
+    raise ValueError(f"holds is a {type(holds).__name__} ({str(holds)[:40]}), not one truth value: give True, False or "
+                     "None (undecided), for example holds=loss < 3.5.")
 
 
 def _require_article_row(name: str) -> None:

@@ -56,7 +56,8 @@ def _judge(student, case, oracle, hint, first: bool) -> str | None:
         return f"your function raised {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     for position, (now, before) in enumerate(zip(given, case), 1):
         if not _same(now, before):
-            return f"your function changes its input (argument {position}): compute on a copy, x = x + 1 and not x += 1."
+            return (f"your function changes its input (argument {position}): compute on a copy, "
+                    "x = x + 1 and not x += 1.")
     if got is None or got is ...:
         return "" if first else "your function returns nothing here."
     wrong = _difference(got, want)
@@ -122,7 +123,8 @@ def _describe(value) -> str:
     numbers = _numbers(value)
     if numbers is not None and numbers.ndim:
         return f"a {type(value).__name__} of shape {tuple(numbers.shape)}"
-    return repr(value[:60]) if isinstance(value, str) else f"{' '.join(str(value).split())[:60]} ({type(value).__name__})"
+    return repr(value[:60]) if isinstance(value,
+                                          str) else f"{' '.join(str(value).split())[:60]} ({type(value).__name__})"
 
 
 def _copy(value):
@@ -165,10 +167,12 @@ def check_match(number: str, answers: dict, right: dict, because: str, hints: di
     wrong = [key for key in right if str(answers.get(key)).strip().lower() != right[key].lower()]
     if not wrong:
         return _say(number, True, f"correct: {because}")
-    return _say(number, False, f"{len(right) - len(wrong)} of {len(right)} right; look at {wrong[0]}: {hints[wrong[0]]}")
+    return _say(number, False, f"{len(right) - len(wrong)} of {len(right)} right; look at {wrong[0]}: "
+                f"{hints[wrong[0]]}")
 
 
-def check_decision(number: str, choice, scores: dict, within: float, because: str, unit: str = "nats per token") -> Verdict:
+def check_decision(number: str, choice, scores: dict, within: float, because: str,
+                   unit: str = "nats per token") -> Verdict:
     """A choice judged by its held-out score, lower is better; it passes within ``within`` of the best."""
     if choice in (None, ..., ""):
         return _not_attempted(number)
@@ -177,7 +181,8 @@ def check_decision(number: str, choice, scores: dict, within: float, because: st
     best = min(scores, key=scores.get)
     if scores[choice] <= scores[best] + within:
         return _say(number, True, f"a good choice, {scores[choice]:.3g} {unit} on held-out data: {because}")
-    return _say(number, False, f"{choice} scores {scores[choice]:.3g} {unit} on held-out data; another choice reaches {scores[best]:.3g}.")
+    return _say(number, False, f"{choice} scores {scores[choice]:.3g} {unit} on held-out data; another choice reaches "
+                f"{scores[best]:.3g}.")
 
 
 def _not_attempted(number: str) -> Verdict:

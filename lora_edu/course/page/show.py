@@ -10,7 +10,8 @@ import io
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"
+BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
@@ -58,7 +59,8 @@ def look(i: int) -> dict:
 def png(fig: Figure) -> bytes:
     """The figure as PNG bytes; the same figure, drawn anew, gives the same bytes."""
     out = io.BytesIO()
-    FigureCanvasAgg(fig).print_png(out, metadata={"Software": None})     # `savefig` gives the same picture and draws it twice
+    # `savefig` gives the same picture and draws it twice
+    FigureCanvasAgg(fig).print_png(out, metadata={"Software": None})
     return out.getvalue()
 
 
@@ -66,7 +68,8 @@ def few_colors(data: bytes) -> bytes:
     """The same picture in its 256 most useful colours: a third of the bytes in a notebook's file."""
     from PIL import Image
     out = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, format="png", optimize=True)
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, format="png",
+                                                                                             optimize=True)
     return out.getvalue()
 
 

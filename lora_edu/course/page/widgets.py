@@ -27,8 +27,10 @@ def picture_with_controls(fig: Figure, update, **controls) -> ipywidgets.VBox:
     """
     fig.draw_without_rendering()
     fig.set_layout_engine("none")
-    width = f"{round(fig.get_figwidth() * fig.dpi)}px"     # its own size: stretched over the page it would push the text out of sight
-    image, text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=width, max_width="100%")), ipywidgets.HTML()
+    # its own size: stretched over the page it would push the text out of sight
+    width = f"{round(fig.get_figwidth() * fig.dpi)}px"
+    image, text = ipywidgets.Image(format="png",
+                                   layout=ipywidgets.Layout(width=width, max_width="100%")), ipywidgets.HTML()
     one_at_a_time = threading.Lock()   # JupyterLab may run two controls' callbacks in two threads of its own
 
     def redraw(change=None):
@@ -37,7 +39,8 @@ def picture_with_controls(fig: Figure, update, **controls) -> ipywidgets.VBox:
                 said = update(**{name: control.value for name, control in controls.items()})
                 image.value = png(fig)
             except Exception as error:
-                said = f"This setting cannot be drawn: {type(error).__name__}: {error} (The picture is of the setting before.)"
+                said = (f"This setting cannot be drawn: {type(error).__name__}: {error} "
+                        "(The picture is of the setting before.)")
             text.value = f'<div role="status" style="white-space: pre-wrap; line-height: 1.5">{escape(said)}</div>'
 
     for control in controls.values():

@@ -1,4 +1,5 @@
-"""The long experiments, one command each: python -m lora_edu.record NAME [--tales FILE] [--pair FOLDER] [--scratch FOLDER]
+"""The long experiments, one command each: python -m lora_edu.record NAME [--tales FILE] [--pair FOLDER] [--scratch
+FOLDER]
 
     bistro_adapter    the adapter that notebook 00 opens with, into models/fable/bistro_lora
     lora_beside_full  LoRA and full fine-tuning on bistro and python_docs
@@ -13,10 +14,10 @@
     methods           seven methods on restaurants, equal budgets
     latency           what each of them costs in time when it is used
 
-A record is small JSON beside this file, with its settings, seeds, device, versions and date; notebooks show it and re-measure a slice.
-Rules (the same for every method): the learning rate is chosen on the validation split, from a grid of factor 2 that is
-widened until the best is not on its edge; the test split is reported; data order is fixed by the seed. "Full" trains exactly
-the matrices that LoRA adapts, embedding and norms frozen.
+A record is small JSON beside this file, with its settings, seeds, device, versions and date; notebooks show it and
+re-measure a slice. Rules (the same for every method): the learning rate is chosen on the validation split, from a grid
+of factor 2 that is widened until the best is not on its edge; the test split is reported; data order is fixed by the
+seed. "Full" trains exactly the matrices that LoRA adapts, embedding and norms frozen.
 """
 import argparse
 import time
@@ -46,11 +47,14 @@ IN_FLOAT32 = ("planted_rank", "latency")      # whatever the hardware would do f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lora_edu.record", description="Make one of the course's records again.")
+    parser = argparse.ArgumentParser(prog="python -m lora_edu.record", description="Make one of the course's records "
+                                     "again.")
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--tales", metavar="FILE", help="a held-out text of tales, to measure forgetting on as well")
-    parser.add_argument("--pair", metavar="FOLDER", help="published_pair: where base.safetensors and ft_*.safetensors are")
-    parser.add_argument("--scratch", metavar="FOLDER", help="rank_alpha, rank_seeds, two_rates, methods: keep finished runs, to go on")
+    parser.add_argument("--pair", metavar="FOLDER", help="published_pair: where base.safetensors and ft_*.safetensors "
+                        "are")
+    parser.add_argument("--scratch", metavar="FOLDER", help="rank_alpha, rank_seeds, two_rates, methods: keep finished "
+                        "runs, to go on")
     options = parser.parse_args()
     if options.scratch:
         Path(options.scratch).mkdir(parents=True, exist_ok=True)

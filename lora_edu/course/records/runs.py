@@ -1,4 +1,6 @@
-"""One training of a record, its search for a learning rate, and what it is compared with; the rules stand in `command.py`."""
+"""One training of a record, its search for a learning rate, and what it is compared with; the rules stand in
+`command.py`.
+"""
 import statistics
 
 import torch
@@ -16,7 +18,9 @@ FIRST_RATES = {"lora": (4e-3, 8e-3, 1.6e-2), "full": (5e-4, 1e-3, 2e-3)}
 
 
 def size_of_change(model, base) -> dict[str, float]:
-    """How far the matrices moved: ||ΔW|| / ||W₀||, Frobenius over all of them and the mean of the spectral ratios; no unit."""
+    """How far the matrices moved: ||ΔW|| / ||W₀||, Frobenius over all of them and the mean of the spectral ratios;
+    no unit.
+    """
     plain, lora = dict(base.named_modules()), dict(lora_layers(model))
     pairs = []
     for name, module in model.named_modules():
@@ -27,10 +31,12 @@ def size_of_change(model, base) -> dict[str, float]:
     with torch.no_grad():
         moved, were = (sum(m[i].float().pow(2).sum() for m in pairs) for i in (0, 1))
         spectral = [torch.linalg.matrix_norm(d.float(), 2) / torch.linalg.matrix_norm(w.float(), 2) for d, w in pairs]
-    return {"frobenius": round((moved / were).sqrt().item(), 4), "spectral": round(torch.stack(spectral).mean().item(), 4)}
+    return {"frobenius": round((moved / were).sqrt().item(), 4),
+            "spectral": round(torch.stack(spectral).mean().item(), 4)}
 
 
-def run(task: Task, method: str, lr: float, seed: int, tales: dict, steps: int, every: int, targets="all-linear", rank: int = 8,
+def run(task: Task, method: str, lr: float, seed: int, tales: dict, steps: int, every: int, targets="all-linear",
+        rank: int = 8,
         slots: bool = False) -> dict:
     """One training from the untouched base; losses are nats per token, measured in float32."""
     device = best_device()
@@ -41,20 +47,25 @@ def run(task: Task, method: str, lr: float, seed: int, tales: dict, steps: int, 
     path = []
     for step in train(model, task.batches(steps, seed), steps, lr, autocast=sixteen_bits(device)):
         if step.step % every == 0 or step.step == steps:
-            path.append([step.step, round(evaluate(model, task.valid[:2]), 4), round(evaluate(model, tales["its own"][:1]), 4)])
+            path.append([step.step, round(evaluate(model, task.valid[:2]), 4),
+                         round(evaluate(model, tales["its own"][:1]), 4)])
     model.cpu()
-    result = {"lr": lr, "seed": seed, "trainable": trainable, "valid": round(evaluate(model, task.valid), 4), "path": path,
+    result = {"lr": lr, "seed": seed, "trainable": trainable, "valid": round(evaluate(model, task.valid), 4),
+              "path": path,
               "tales": {name: round(evaluate(model, some), 4) for name, some in tales.items()}}
     if method in ("lora", "full"):
         result |= {"change": size_of_change(model, base)}
     if slots:
         score = task.slots(model)
-        result |= {"slots": round(score.slots, 4), "all_slots": round(score.all_slots, 4), "shares": [round(s, 3) for s in score.shares]}
+        result |= {"slots": round(score.slots, 4), "all_slots": round(score.all_slots, 4),
+                   "shares": [round(s, 3) for s in score.shares]}
     return result | {"test": round(evaluate(model, task.test), 4)}
 
 
 def tune(rates: tuple[float, ...], one_run) -> list[dict]:
-    """Runs over a grid of factor 2, widened until the best validation loss is not on its edge (or six more were tried)."""
+    """Runs over a grid of factor 2, widened until the best validation loss is not on its edge (or six more were
+    tried).
+    """
     runs = [one_run(lr) for lr in rates]
     for _ in range(6):
         runs.sort(key=lambda r: r["lr"])
@@ -82,13 +93,16 @@ def tuned_and_repeated(task: Task, method: str, tales: dict, seeds=SEEDS, rates:
     """Choose the rate on seed 0, from `rates` on (by default FIRST_RATES), then repeat with the reported seeds."""
     tuning = tune(rates or FIRST_RATES[method], lambda lr: said(run(task, method, lr, 0, tales, **how), task, method))
     lr = best_rate(tuning)
-    repeats = [said(run(task, method, lr, seed, tales, slots=task.name == "bistro", **how), task, method) for seed in seeds]
-    return {"lr": lr, "tuning": tuning, "runs": repeats, "mean test": round(statistics.mean(r["test"] for r in repeats), 4)}
+    repeats = [said(run(task, method, lr, seed, tales, slots=task.name == "bistro", **how), task, method)
+               for seed in seeds]
+    return {"lr": lr, "tuning": tuning, "runs": repeats,
+            "mean test": round(statistics.mean(r["test"] for r in repeats), 4)}
 
 
 def said(result: dict, task: Task, method: str) -> dict:
-    print(f"{task.name} {method}: lr {result['lr']:.2g} seed {result['seed']}: valid {result['valid']:.3f}, test {result['test']:.3f}, "
-          f"tales {result['tales']['its own']:.3f}, change {result.get('change', '-')}, slots {result.get('slots', '-')}", flush=True)
+    print(f"{task.name} {method}: lr {result['lr']:.2g} seed {result['seed']}: valid {result['valid']:.3f}, test "
+          f"{result['test']:.3f}, tales {result['tales']['its own']:.3f}, change {result.get('change', '-')}, slots "
+          f"{result.get('slots', '-')}", flush=True)
     return result
 
 
@@ -96,7 +110,8 @@ def before(tasks: list[Task], tales: dict) -> dict:
     """Losses and slot accuracy of the untouched base, and the floor of a fluent sentence that ignores its input."""
     model, _ = load_pretrained()
     found = {"tales": {name: round(evaluate(model, some), 4) for name, some in tales.items()},
-             "task": {task.name: {split: round(evaluate(model, getattr(task, split)), 4) for split in ("valid", "test")} for task in tasks}}
+             "task": {task.name: {split: round(evaluate(model, getattr(task, split)), 4) for split in ("valid", "test")}
+                      for task in tasks}}
     if tasks[0].name == "bistro":
         cards, floor = tasks[0].cards, bistro.floor(tasks[0].cards)
         found |= {"slots": round(tasks[0].slots(model).slots, 4),

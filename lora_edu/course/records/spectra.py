@@ -3,8 +3,8 @@
     python -m lora_edu.record spectra
     python -m lora_edu.record published_pair --pair FOLDER
 
-The rules are those of `record.py`. Each full fine-tuning has the steps and the learning rate of the record lora_beside_full, the
-nulls those of the task they stand beside.
+The rules are those of `record.py`. Each full fine-tuning has the steps and the learning rate of the record
+lora_beside_full, the nulls those of the task they stand beside.
 """
 from pathlib import Path
 
@@ -32,18 +32,23 @@ def rounded(values, digits: int = 4) -> list[float]:
 
 
 def matrices_of(factors: Factors) -> dict[str, dict]:
-    """Each matrix: size of its change against W₀, rank for 90 % of its energy, effective and stable rank, values above the noise."""
+    """Each matrix: size of its change against W₀, rank for 90 % of its energy, effective and stable rank, values
+    above the noise.
+    """
     found = {}
     for name, (weight, U, S, Vh) in factors.parts.items():
         its = Spectrum(S, tuple(weight.shape))
         found[name] = {"change": rounded([S.norm() / weight.norm()])[0], "rank 90": int(its.rank_for(0.9)),
-                       "effective rank": rounded([its.effective_rank()])[0], "stable rank": rounded([its.stable_rank()])[0],
+                       "effective rank": rounded([its.effective_rank()])[0],
+                       "stable rank": rounded([its.stable_rank()])[0],
                        "above edge": int(its.above_edge())}
     return found
 
 
 def scores(model, factors: Factors, task: Task, tales, ranks, rest: str, slots: bool) -> dict:
-    """Losses (nats per token) and slots (share) of the model that keeps the best rank-r part of each update, for each rank."""
+    """Losses (nats per token) and slots (share) of the model that keeps the best rank-r part of each update, for
+    each rank.
+    """
     found = {"ranks": list(ranks), "rest": rest, "test": [], "tales": []} | ({"slots": []} if slots else {})
     for rank in ranks:
         cut = truncate(model, factors, rank, rest=rest)
@@ -78,8 +83,8 @@ def one(task: Task, null: str | None, trains: str, seed: int, steps: int, lr: fl
         found["squared change"] = shares(factors.deltas.report())
     if seed == SEEDS[0]:
         found["sigma"] = {name: rounded(S) for name, (_, _, S, _) in factors.parts.items() if name.startswith(SHOWN)}
-    print(f"{task.name} {null or trains} seed {seed}: energy at 8 {found['energy'][RANKS.index(8)]:.3f}, "
-          f"test {found['cut'][0]['test']}", flush=True)
+    print(f"{task.name} {null or trains} seed {seed}: energy at 8 {found['energy'][RANKS.index(8)]:.3f}, test "
+          f"{found['cut'][0]['test']}", flush=True)
     return found
 
 
@@ -89,9 +94,11 @@ def slices(tasks: dict[str, Task], rates: dict[str, float], steps: int, what) ->
     for name, null, trains in what:
         if trains == "matrices" and (name == "bistro" or null is None):
             factors = factor(deltas(base, full_fine_tune(name, steps, rates[name], seed=SEEDS[0], null=null)))
-            loss = [round(evaluate(truncate(base, factors, rank, rest="base"), tasks[name].valid[:2]), 4) for rank in (0, 8, 256)]
+            loss = [round(evaluate(truncate(base, factors, rank, rest="base"), tasks[name].valid[:2]), 4)
+                    for rank in (0, 8, 256)]
             found.append({"task": name, "null": null, "seed": SEEDS[0], "steps": steps, "lr": rates[name],
-                          "energy": rounded(factors.energy_kept(rank) for rank in RANKS), "ranks": [0, 8, 256], "valid": loss})
+                          "energy": rounded(factors.energy_kept(rank) for rank in RANKS), "ranks": [0, 8, 256],
+                          "valid": loss})
             print("slice", name, null, found[-1]["energy"][RANKS.index(8)], loss, flush=True)
     return found
 
@@ -103,8 +110,10 @@ def spectra(seeds=SEEDS, n: int = 400, what=WHAT, slice_steps: int = SLICE, size
     tales, tokenizer = tales_to_forget(None), load_pretrained()[1]
     tasks = {name: Task(name, tokenizer, n) for name in dict.fromkeys(name for name, _, _ in what)}
     rates = {name: beside["tasks"][name]["full"]["lr"] for name in tasks}
-    return {"settings": {"ranks": list(RANKS), "seeds": list(seeds), "batch": BATCH, "rates": rates, "slice steps": slice_steps,
-                         "rules not kept": f"{len(seeds)} seeds in place of five; the rates of nulls and of training everything are those "
+    return {"settings": {"ranks": list(RANKS), "seeds": list(seeds), "batch": BATCH, "rates": rates,
+                         "slice steps": slice_steps,
+                         "rules not kept": f"{len(seeds)} seeds in place of five; the rates of nulls and of training "
+                         "everything are those "
                                            "tuned for the task and the matrices; nulls are scored at three ranks"},
             "slices": slices(tasks, rates, slice_steps, what),
             "runs": [one(tasks[name], null, trains, seed, sizes[name]["steps"], rates[name], tales)
@@ -112,7 +121,9 @@ def spectra(seeds=SEEDS, n: int = 400, what=WHAT, slice_steps: int = SLICE, size
 
 
 def published_pair(pair: str | None) -> dict:
-    """Singular values of the updates of a folder's base.safetensors and its ft_*.safetensors: records/published_pair.json."""
+    """Singular values of the updates of a folder's base.safetensors and its ft_*.safetensors:
+    records/published_pair.json.
+    """
     folder = Path(pair or "")
     files = [folder / "base.safetensors", *sorted(folder.glob("ft_*.safetensors"))]
     if not pair or len(files) < 2 or not files[0].is_file():
@@ -121,11 +132,16 @@ def published_pair(pair: str | None) -> dict:
     found = {}
     for file in files[1:]:
         changes = deltas(files[0], file)
-        found[file.stem] = {"matrices": {name: {"shape": list(weight.shape), "change": rounded([delta.norm() / weight.norm()])[0],
-                                                "sigma": rounded(spectrum(delta).values)} for name, weight, delta in changes},
-                            "others": [[o.name, o.kind, rounded([o.squared])[0] if o.squared else o.squared] for o in changes.others]}
+        found[file.stem] = {"matrices": {name: {"shape": list(weight.shape),
+                                                "change": rounded([delta.norm() / weight.norm()])[0],
+                                                "sigma": rounded(spectrum(delta).values)} for name, weight,
+                                         delta in changes},
+                            "others": [[o.name, o.kind, rounded([o.squared])[0] if o.squared else o.squared]
+                                       for o in changes.others]}
     return {"source": {"repository": "minimaxir/textgenrnn", "commit": "ee8b9e806d109c25566581f358a4a72b6f03929a",
                        "licence": "MIT", "sha256": checksums,
-                       "what": "a character language model of two LSTM layers; four full fine-tunes, 500 epochs on 2,000 lines each"},
-            "settings": {"layout": "Keras: (in, out), so a matrix here is the transpose of what torch stores; singular values do not care"},
+                       "what": "a character language model of two LSTM layers; four full fine-tunes, 500 epochs on "
+                       "2,000 lines each"},
+            "settings": {"layout": "Keras: (in, out), so a matrix here is the transpose of what torch stores; singular "
+                         "values do not care"},
             "pairs": found}

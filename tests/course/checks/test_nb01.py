@@ -57,7 +57,8 @@ def test_checker(checker, answer, passed, says, capsys):
 
 def test_the_mystery_curves_look_like_their_causes():
     torch.manual_seed(0)
-    curves = {name: [y for _, y in points] for name, points in nb01.mystery_curves(torch.randn(64, 96) / 96**0.5).items()}
+    curves = {name: [y for _, y in points]
+              for name, points in nb01.mystery_curves(torch.randn(64, 96) / 96**0.5).items()}
     assert curves["P"][0] > 2 * curves["Q"][0] and curves["P"][-1] < 0.2 * curves["P"][0]
     assert len(set(curves["Q"])) == 1
     assert curves["R"][0] == pytest.approx(curves["Q"][0]) and curves["R"][-1] < 0.05 * curves["R"][0]

@@ -30,7 +30,8 @@ RIGHT = {"P": "rate too high", "Q": "factors not given to the optimizer", "R": "
 @pytest.mark.parametrize("checker, answer, passed, says", [
     (nb02.check_matching, lambda names, entries: None, None, "not attempted"),
     (nb02.check_matching, good_matching, True, "correct"),
-    (nb02.check_matching, lambda names, entries: [n for n in names if any(n.endswith(e) for e in entries)], False, "after a dot"),
+    (nb02.check_matching, lambda names, entries: [n for n in names if any(n.endswith(e) for e in entries)], False,
+     "after a dot"),
     (nb02.check_matching, lambda names, entries: good_matching(names, entries)[::-1], False, "not in the order"),
     (nb02.check_matching, lambda names, entries: ["layers.0.q_proj", "layers.1.q_proj"], False, "case 2"),
     (nb02.check_matching, eats_its_input, False, "changes its input"),
@@ -59,7 +60,8 @@ def test_the_placements_are_judged_by_the_record(capsys):
     assert means.keys() == PLACEMENTS.keys()
     for name, mean in means.items():
         assert nb02.check_placement(name).passed is (mean <= min(means.values()) + 0.02)
-    assert not all(mean <= min(means.values()) + 0.02 for mean in means.values())       # else there is nothing to decide
+    # else there is nothing to decide
+    assert not all(mean <= min(means.values()) + 0.02 for mean in means.values())
 
 
 def test_the_mystery_curves_look_like_their_causes():

@@ -9,7 +9,8 @@ LOSS = [4.4, 3.5, 3.0, 2.0, 1.3, 0.6, 0.33, 0.26, 0.25, 0.24]      # within 0.40
 
 
 def run(task, null, seed, sigma, extra=0.0, trains="matrices"):
-    made = {"task": task, "null": null, "seed": seed, "trains": trains, "cut": [{"rest": "base", "test": [loss + extra for loss in LOSS]}]}
+    made = {"task": task, "null": null, "seed": seed, "trains": trains,
+            "cut": [{"rest": "base", "test": [loss + extra for loss in LOSS]}]}
     return made | ({"sigma": {nb03.MYSTERY_MATRIX: sigma}} if seed == 1 else {})
 
 
@@ -57,7 +58,8 @@ def eats_its_input(sigma, rank):
 ENERGY = [
     (lambda sigma, rank: None, None, "not attempted"),
     (good_energy, True, "correct"),
-    (lambda sigma, rank: float(sum(s**2 for s in sigma.tolist()[:rank]) / sum(s**2 for s in sigma.tolist())), True, "correct"),
+    (lambda sigma, rank: float(sum(s**2 for s in sigma.tolist()[:rank]) / sum(s**2 for s in sigma.tolist())), True,
+     "correct"),
     (lambda sigma, rank: 100 * good_energy(sigma, rank), False, "per cent"),
     (lambda sigma, rank: sigma[:rank].sum() / sigma.sum(), False, "in the squares"),
     (lambda sigma, rank: good_energy(sigma, rank).sqrt(), False, "energy is its square"),

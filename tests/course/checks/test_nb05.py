@@ -19,10 +19,12 @@ def raises(*args):
 BYTES = [(lambda n, w, s: n * (w + 2 * s), "gradients are missing"), (lambda n, w, s: n * (2 * w + s), "two states"),
          (lambda n, w, s: 4 * n * w, "their own type"), (lambda n, w, s: 2 * (w + s), "for one number"),
          (lambda n, w, s: n * 2 * (w + s) / 1e9, "not in GB"), (lambda n, w, s: 0, "expected"), (raises, "KeyError")]
-COUNT = [(lambda L, C, kv, r: L * r * 4 * C, "`kv` outputs"), (lambda L, C, kv, r: L * r * (2 * C + kv), "has an A and a B"),
+COUNT = [(lambda L, C, kv, r: L * r * 4 * C, "`kv` outputs"),
+         (lambda L, C, kv, r: L * r * (2 * C + kv), "has an A and a B"),
          (lambda L, C, kv, r: r * (3 * C + kv), "one layer"), (lambda L, C, kv, r: L * (3 * C + kv), "rank 1"),
          (lambda L, C, kv, r: L * (C * C + C * kv), "the matrices themselves"),
-         (lambda L, C, kv, r: L * r * (C * C + C * kv), "not inputs times outputs"), (lambda *a: 7, "expected"), (raises, "KeyError")]
+         (lambda L, C, kv, r: L * r * (C * C + C * kv), "not inputs times outputs"), (lambda *a: 7, "expected"),
+         (raises, "KeyError")]
 
 
 @pytest.mark.parametrize("checker, good", [(nb05.check_adam_bytes, good_bytes), (nb05.check_lora_count, good_count)])
@@ -50,9 +52,12 @@ def test_the_largest_batch_is_right_and_nothing_else():
 
 
 @pytest.mark.parametrize("choice, said", [
-    (("nf4", 11, True), "do not fit in 24"), (("nf4", 9, True), "a larger batch does, too"), (("nf4", 1, False), "another recipe"),
-    (("16-bit", 4, True), "another recipe"), (("16-bit", 1, False), "largest part is weights"), (("fp8", 1, True), "recipe='fp8'"),
-    (("nf4", 0, True), "batch=0"), (7, "cannot be billed"), (("nf4", 10), "cannot be billed"), (("nf4", "ten", True), "cannot be billed")])
+    (("nf4", 11, True), "do not fit in 24"), (("nf4", 9, True), "a larger batch does, too"),
+    (("nf4", 1, False), "another recipe"),
+    (("16-bit", 4, True), "another recipe"), (("16-bit", 1, False), "largest part is weights"),
+    (("fp8", 1, True), "recipe='fp8'"),
+    (("nf4", 0, True), "batch=0"), (7, "cannot be billed"), (("nf4", 10), "cannot be billed"),
+    (("nf4", "ten", True), "cannot be billed")])
 def test_other_choices_are_told_why(choice, said):
     verdict = nb05.check_fit(choice)
     assert verdict.passed is False and said in verdict.line

@@ -45,15 +45,20 @@ FOLD = [
     (lambda W, A, B, alpha: (W.float() + alpha * (B @ A)).to(W.dtype), False, "alpha is not divided by the rank"),
     (lambda W, A, B, alpha: product(A, B, alpha), False, "the update alone"),
     (lambda W, A, B, alpha: (W.float() - product(A, B, alpha)).to(W.dtype), False, "not subtracted"),
-    (only_square(lambda W, A, B, alpha: (W.float() + product(A, B, alpha).T).to(W.dtype)), False, "case 2 of 3: the product is transposed"),
+    (only_square(lambda W, A, B, alpha: (W.float() + product(A, B, alpha).T).to(W.dtype)), False, "case 2 of 3: the "
+     "product is transposed"),
     (lambda W, A, B, alpha: (W.float() + product(A, B, alpha).T).to(W.dtype), False, "raised RuntimeError"),
-    (lambda W, A, B, alpha: W.float() + product(A, B, alpha), False, "case 2 of 3: the merged weight is float32 and should have the type "
+    (lambda W, A, B, alpha: W.float() + product(A, B, alpha), False, "case 2 of 3: the merged weight is float32 and "
+     "should have the type "
                                                                      "of the weight, bfloat16"),
     (lambda W, A, B, alpha: W + product(A, B, alpha), False, "should have the type of the weight"),
-    (lambda W, A, B, alpha: W + product(A, B, alpha).to(W.dtype), False, "entries differ in their last bit: rounded more than once"),
-    (lambda W, A, B, alpha: (W.float() + alpha / len(A) * (B.to(W.dtype) @ A.to(W.dtype)).float()).to(W.dtype), False, "in their last bit"),
+    (lambda W, A, B, alpha: W + product(A, B, alpha).to(W.dtype), False, "entries differ in their last bit: rounded "
+     "more than once"),
+    (lambda W, A, B, alpha: (W.float() + alpha / len(A) * (B.to(W.dtype) @ A.to(W.dtype)).float()).to(W.dtype), False,
+     "in their last bit"),
     (lambda W, A, B, alpha: W + (alpha / len(A)) * (B.to(W.dtype) @ A.to(W.dtype)), False, "in their last bit"),
-    (lambda W, A, B, alpha: good_fold(W, A, B, alpha).numpy() if W.dtype == torch.float32 else None, False, "returns nothing here"),
+    (lambda W, A, B, alpha: good_fold(W, A, B, alpha).numpy() if W.dtype == torch.float32 else None, False,
+     "returns nothing here"),
     (lambda W, A, B, alpha: good_fold(W, A, B, alpha).T, False, "shape"),
     (lambda W, A, B, alpha: good_fold(W, A, B, alpha).tolist(), False, "is list and should"),
     (lambda W, A, B, alpha: good_fold(W, A, B, 6.0), False, "case 2"),
@@ -82,9 +87,11 @@ COST = [
     (cost(lambda c, n: 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * n), False,
      "case 2 of 3: keys and values have num_key"),
     (cost(lambda c, n: 2 * c.num_hidden_layers * c.hidden_size * n), False, "case 2 of 3: "),
-    (cost(lambda c, n: 2 * c.num_hidden_layers * (c.hidden_size if c.num_attention_heads == 4 and c.num_key_value_heads == 1 else
+    (cost(lambda c,
+          n: 2 * c.num_hidden_layers * (c.hidden_size if c.num_attention_heads == 4 and c.num_key_value_heads == 1 else
                                                   c.num_key_value_heads * c.head_dim) * n), False, "not hidden_size"),
-    (cost(lambda c, n: c.num_hidden_layers * c.num_key_value_heads * c.head_dim * n), False, "keys and values: two numbers"),
+    (cost(lambda c, n: c.num_hidden_layers * c.num_key_value_heads * c.head_dim * n), False, "keys and values: two "
+     "numbers"),
     (cost(lambda c, n: 2 * c.num_key_value_heads * c.head_dim * n), False, "every layer has a prefix of its own"),
     (cost(lambda c, n: 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim), False, "one token's prefix"),
     (cost(left=lambda c, n: c.max_position_embeddings), False, "the prefix has places in the context, too"),
@@ -95,7 +102,8 @@ COST = [
     (lambda config, tokens: (480, 27), False, "case 2"),
     (lambda *case: ("many", 27), False, "expected"), (raises, False, "raised KeyError"),
 ]
-CASES = [(checker, *each) for checker, rows in ((nb06.check_fold, FOLD), (nb06.check_prefix_cost, COST)) for each in rows]
+CASES = [(checker, *each) for checker, rows in ((nb06.check_fold, FOLD), (nb06.check_prefix_cost, COST))
+         for each in rows]
 
 
 @pytest.mark.parametrize("checker, answer, passed, says", CASES)
@@ -138,23 +146,29 @@ RIGHT = {"A": "transposed", "B": "right", "C": "merged twice", "D": "scaling for
 
 
 @pytest.mark.parametrize("answers, passed, says", [
-    (None, None, "not attempted"), (dict.fromkeys("ABCD"), None, "not attempted"), (RIGHT, True, "correct: the change has ΔW's size"),
+    (None, None, "not attempted"), (dict.fromkeys("ABCD"), None, "not attempted"),
+    (RIGHT, True, "correct: the change has ΔW's size"),
     ({name: cause.upper() for name, cause in RIGHT.items()}, True, "correct"),
     (RIGHT | {"A": "right", "B": "transposed"}, False, "2 of 4 right; look at A: its change is as large as ΔW"),
     (RIGHT | {"B": "merged twice"}, False, "look at B: measure how much of ΔW its change holds"),
     (RIGHT | {"C": "scaling forgotten"}, False, "look at C: its change points along ΔW"),
-    (RIGHT | {"D": None}, False, "3 of 4 right; look at D: its change points along ΔW"), ({"A": "transposed"}, False, "1 of 4 right")])
+    (RIGHT | {"D": None}, False, "3 of 4 right; look at D: its change points along ΔW"),
+    ({"A": "transposed"}, False, "1 of 4 right")])
 def test_the_merges_are_matched(answers, passed, says, capsys):
     assert nb06.check_merges(answers).passed is passed and says in capsys.readouterr().out
 
 
 def test_what_each_plan_costs_is_measured():
-    """Oracles: counts by hand for B and C; a merge runs the base's operators; a small update is lost in 16 bits and not in 32."""
+    """Oracles: counts by hand for B and C; a merge runs the base's operators; a small update is lost in 16 bits and
+    not in 32.
+    """
     found = nb06.consequences()
     assert found.keys() == nb06.LIMITS.keys() and all(tuple(plans) == nb06.PLANS for plans in found.values())
-    assert found["A"]["merge"] == found["A"]["merge in float32"] == 0 < min(found["A"]["keep apart"], found["A"]["prefix"])
+    assert found["A"]["merge"] == found["A"]["merge in float32"] == 0 < min(found["A"]["keep apart"],
+                                                                            found["A"]["prefix"])
     fable, adapter, prefix = 2 * 3_737_856 / 1e6, 241_000 / 1e6, 2 * 2 * 4 * 256 * 76 / 1e6
-    assert list(found["B"].values()) == pytest.approx([200 * fable, 400 * fable, fable + 200 * adapter, fable + 200 * prefix], rel=0.02)
+    assert list(found["B"].values()) == pytest.approx([200 * fable, 400 * fable, fable + 200 * adapter,
+                                                       fable + 200 * prefix], rel=0.02)
     assert list(found["C"].values()) == [0, 0, 0, 500 + 76 - 512]
     merged, wide, apart, prefix = found["D"].values()
     assert 25 < merged < 75 and abs(wide) < 0.5 and apart == 0 and prefix == 100
@@ -169,12 +183,17 @@ GOOD = {"A": "merge", "B": "keep apart", "C": "merge", "D": "merge in float32"}
     (GOOD, True, "all four within their limits"),
     (GOOD | {"A": "merge in float32", "B": "prefix", "C": "keep apart", "D": "keep apart"}, True, "B prefix: 70 MB"),
     (GOOD | {"A": "keep apart"}, False, "A: 'keep apart' makes 84 operators more than the base runs, and 0 may be"),
-    (GOOD | {"A": "prefix"}, False, "A: 'prefix' makes 12"), (GOOD | {"B": "merge"}, False, "B: 'merge' makes 1.5e+03 MB"),
-    (GOOD | {"C": "prefix"}, False, "C: 'prefix' makes 64 tokens"), (GOOD | {"D": "merge"}, False, "D: 'merge' makes 47 % of the gain"),
-    (GOOD | {"D": "prefix"}, False, "D: 'prefix' makes 100 %"), (GOOD | {"D": None}, False, "D: None is not one of the plans: merge, "),
-    (GOOD | {"B": "Merge them"}, False, "B: 'Merge them' is not one of the plans"), ({"B": "keep apart"}, False, "A: None is not")])
+    (GOOD | {"A": "prefix"}, False, "A: 'prefix' makes 12"),
+    (GOOD | {"B": "merge"}, False, "B: 'merge' makes 1.5e+03 MB"),
+    (GOOD | {"C": "prefix"}, False, "C: 'prefix' makes 64 tokens"),
+    (GOOD | {"D": "merge"}, False, "D: 'merge' makes 47 % of the gain"),
+    (GOOD | {"D": "prefix"}, False, "D: 'prefix' makes 100 %"),
+    (GOOD | {"D": None}, False, "D: None is not one of the plans: merge, "),
+    (GOOD | {"B": "Merge them"}, False, "B: 'Merge them' is not one of the plans"),
+    ({"B": "keep apart"}, False, "A: None is not")])
 def test_the_choices_are_judged_by_what_was_measured(answers, passed, says, capsys, monkeypatch):
-    monkeypatch.setattr(nb06, "consequences", lambda: {name: dict(zip(nb06.PLANS, costs)) for name, costs in MEASURED.items()})
+    monkeypatch.setattr(nb06, "consequences",
+                        lambda: {name: dict(zip(nb06.PLANS, costs)) for name, costs in MEASURED.items()})
     assert nb06.check_choice(answers).passed is passed and says in capsys.readouterr().out
 
 
@@ -184,7 +203,8 @@ def test_far_cards_put_a_card_as_far_from_its_sentence_as_was_asked():
     tokenizer, filler = load_pretrained()[1], torch.arange(300, 1300)
     inputs, targets = toys.far_cards(tokenizer, filler, 200, n=5)
     counted = (targets != -100)
-    assert inputs.shape == targets.shape and (counted.int().argmax(1) == 199).all(), "the first counted token follows a prompt of 200"
+    assert inputs.shape == targets.shape and (counted.int().argmax(1)
+                                              == 199).all(), "the first counted token follows a prompt of 200"
     for (record, sentence), row, wanted in zip(bistro.examples("test", 5), inputs, targets):
         text = tokenizer.decode(wanted[wanted != -100].tolist(), skip_special_tokens=False)
         assert text == f" {sentence}<|endoftext|>"

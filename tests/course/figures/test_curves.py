@@ -15,7 +15,8 @@ from lora_edu.course.page import show
 ROOT = Path(__file__).parents[3]
 STEPS = list(range(0, 50, 5))
 CURVES = {name: [(step, 4 / (1 + i + step)) for step in STEPS] for i, name in enumerate(["LoRA", "full", "rank 1"])}
-BANDS = {"LoRA": (STEPS, np.ones(10), np.zeros(10), 2 * np.ones(10)), "full": (STEPS, 2 * np.ones(10), np.ones(10), 3 * np.ones(10))}
+BANDS = {"LoRA": (STEPS, np.ones(10), np.zeros(10), 2 * np.ones(10)),
+         "full": (STEPS, 2 * np.ones(10), np.ones(10), 3 * np.ones(10))}
 PATHS = {"LoRA": [(3.8, 3.0), (6.4, 0.25)], "full": [(3.7, 2.5), (4.7, 0.24)]}
 BARS = {"all linear": (0.25, 0.24, 0.27), "QV": (0.55, 0.50, 0.60)}
 LOW_RANK = torch.arange(1.0, 7)[:, None] * torch.arange(1.0, 9)
@@ -24,9 +25,11 @@ ALPHAS = np.linspace(0, 1, 21)
 FIGURES = {
     "loss curves": lambda: curves.plot_loss_curves(CURVES, title="LoRA learns"),
     "bands": lambda: curves.plot_bands(BANDS, title="Seeds agree"),
-    "learn/forget plane": lambda: curves.learn_forget_plane(PATHS, base=(3.6, 4.4), floor=1.1, title="LoRA forgot more"),
+    "learn/forget plane": lambda: curves.learn_forget_plane(PATHS, base=(3.6, 4.4), floor=1.1,
+                                                            title="LoRA forgot more"),
     "bars": lambda: curves.plot_bars(BARS, title="Placement decides", xlabel="task", floor=0.9),
-    "singular values": lambda: matrices.plot_singular_values({"one": LOW_RANK, "two": torch.eye(5)}, title="Rank 1 is one value"),
+    "singular values": lambda: matrices.plot_singular_values({"one": LOW_RANK, "two": torch.eye(5)},
+                                                             title="Rank 1 is one value"),
     "picture ranks": lambda: matrices.plot_picture_ranks(LOW_RANK, ranks=(1, 2)),
     "two losses": lambda: curves.plot_two_losses(ALPHAS, 4 - 3 * ALPHAS, 3 + ALPHAS, title="Opposite", alpha=0.5),
 }
@@ -39,7 +42,8 @@ def test_a_figure_has_a_title_and_labelled_axes_with_units(draw):
     assert isinstance(fig, Figure) and 0 < len(show.title_of(fig)) < 60
     for ax in fig.axes[:1]:
         if ax.axison:
-            assert ax.get_xlabel() and (ax.get_ylabel() or [label.get_text() for label in ax.get_yticklabels()] == list(BARS))
+            assert ax.get_xlabel()
+            assert (ax.get_ylabel() or [label.get_text() for label in ax.get_yticklabels()] == list(BARS))
 
 
 @every_figure
@@ -102,7 +106,8 @@ def test_one_matrix_needs_no_legend():
 def test_the_rank_1_version_of_a_rank_1_picture_is_the_picture():
     whole, first, second = FIGURES["picture ranks"]().axes
     assert np.allclose(first.images[0].get_array(), LOW_RANK) and np.allclose(whole.images[0].get_array(), LOW_RANK)
-    assert [ax.get_title() for ax in (whole, first, second)] == ["the picture\n48 numbers", "rank 1\n14 numbers", "rank 2\n28 numbers"]
+    assert [ax.get_title() for ax in (whole, first, second)] == ["the picture\n48 numbers", "rank 1\n14 numbers",
+                                                                 "rank 2\n28 numbers"]
 
 
 def test_the_marker_stands_on_both_lines():
@@ -144,7 +149,9 @@ def test_show_sends_the_png_with_a_text_that_holds_no_address(monkeypatch):
 def test_no_module_and_no_notebook_imports_pyplot():
     files = [path for folder in ("lora_edu", "notebooks") for path in (ROOT / folder).rglob("*")]
     sources = {path.name: path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".ipynb")}
-    assert sources and [name for name, text in sources.items() if re.search(r"import\b.*\bpyplot|pyplot\s+(import|as)|pylab", text)] == []
+    assert sources
+    assert [name for name, text in sources.items()
+            if re.search(r"import\b.*\bpyplot|pyplot\s+(import|as)|pylab", text)] == []
 
 
 def test_the_sample_picture_is_square_grey_and_a_picture():
@@ -155,7 +162,8 @@ def test_the_sample_picture_is_square_grey_and_a_picture():
 
 
 def test_points_are_drawn_where_they_are_with_their_texts():
-    fig = curves.plot_points({"LoRA": [(0.1, 4.0, "1e-3"), (0.2, 5.0, "2e-3")], "full": [(0.3, 4.5, "1e-4")]}, "t", "change", "tales")
+    fig = curves.plot_points({"LoRA": [(0.1, 4.0, "1e-3"), (0.2, 5.0, "2e-3")], "full": [(0.3, 4.5, "1e-4")]}, "t",
+                             "change", "tales")
     lines = fig.axes[0].lines
     assert [line.get_xydata().tolist() for line in lines] == [[[0.1, 4.0], [0.2, 5.0]], [[0.3, 4.5]]]
     assert [text.get_text() for text in fig.axes[0].texts] == ["1e-3", "2e-3", "1e-4"]

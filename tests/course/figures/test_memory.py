@@ -1,4 +1,6 @@
-"""The figures and the calculator of the memory bill: every number against the bill, every control moves, every card is judged."""
+"""The figures and the calculator of the memory bill: every number against the bill, every control moves, every card
+is judged.
+"""
 import re
 
 import pytest
@@ -31,7 +33,8 @@ def test_bars_are_the_parts_and_end_to_end():
 
 
 def test_cards_stand_where_they_are_and_names_do_not_cover_each_other():
-    for largest, names in ((20e9, ["T4\n16"]), (100e9, ["A100, H100\n80", "A100\n40", "L4\n24", "T4\n16"]), (3000e9, ["A100, H100\n80"])):
+    for largest, names in ((20e9, ["T4\n16"]), (100e9, ["A100, H100\n80", "A100\n40", "L4\n24", "T4\n16"]),
+                           (3000e9, ["A100, H100\n80"])):
         fig = plots.new_figure()[0]
         plots.frame(fig.axes[0], largest)
         assert [text.get_text() for text in fig.axes[0].texts] == names
@@ -39,7 +42,8 @@ def test_cards_stand_where_they_are_and_names_do_not_cover_each_other():
         assert lines == [size for size in reversed(plots.CARDS.values()) if size * 1e9 < largest * 1.08]
 
 
-@pytest.mark.parametrize("total, cards", [(16e9, ["T4", "L4", "A100", "A100, H100"]), (16e9 + 1, ["L4", "A100", "A100, H100"]),
+@pytest.mark.parametrize("total, cards",
+                         [(16e9, ["T4", "L4", "A100", "A100, H100"]), (16e9 + 1, ["L4", "A100", "A100, H100"]),
                                           (79e9, ["A100, H100"]), (81e9, [])])
 def test_what_fits_on(total, cards):
     assert plots.fits_on(total) == cards
@@ -71,14 +75,17 @@ def total(text):
 
 def test_the_calculator_says_the_bill_of_every_control():
     found, image, text = controls(memory_calculator("llama-7b"))
-    want = dict(method="lora", rank=8, targets="all-linear", recipe="bf16-mixed", optimizer="adam", batch=1, length=2048)
+    want = dict(method="lora", rank=8, targets="all-linear", recipe="bf16-mixed", optimizer="adam", batch=1,
+                length=2048)
 
     def agrees(model="llama-7b"):
         return total(text) == round(bill(model, **want).total)
     assert agrees() and "fits on: A100 (40 GB), A100, H100 (80 GB)" in text.value
-    moves = [("rank r", 64, "rank", 64), ("targets", WHERE[1], "targets", ("q_proj", "v_proj")), ("recipe", "nf4", "recipe", "nf4"),
+    moves = [("rank r", 64, "rank", 64), ("targets", WHERE[1], "targets", ("q_proj", "v_proj")),
+             ("recipe", "nf4", "recipe", "nf4"),
              ("optimizer", "sgd", "optimizer", "sgd"), ("batch", 5, "batch", 5), ("length", 512, "length", 512),
-             ("checkpointing", True, "checkpointing", True), ("recipe", "16-bit", "recipe", "16-bit"), ("method", "full", "method", "full")]
+             ("checkpointing", True, "checkpointing", True), ("recipe", "16-bit", "recipe", "16-bit"),
+             ("method", "full", "method", "full")]
     for control, value, name, means in moves:
         before = image.value, text.value
         found[control].value = value

@@ -11,8 +11,10 @@ from lora_edu.course.page import show
 ROWS = ["LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)", "adapters (one a block)", "prefix"]
 TIMES = {shape: {name: (1 + 0.1 * i + j, 0.97 + 0.1 * i + j, 1.05 + 0.1 * i + j) for i, name in enumerate(ROWS)}
          for j, shape in enumerate(("1×16", "1×128", "8×128", "32×256"))}
-METHODS = ("full", "LoRA", "adapters (two a block)", "adapters (one a block)", "prefix", "prompt", "BitFit", "every number", "LoRA on q, v")
-ENDS = {name: [(tales + 0.3 * i, task * 1.3**i) for tales, task in ((4.0, 0.2), (4.1, 0.22), (4.2, 0.3))] for i, name in enumerate(METHODS)}
+METHODS = ("full", "LoRA", "adapters (two a block)", "adapters (one a block)", "prefix", "prompt", "BitFit",
+           "every number", "LoRA on q, v")
+ENDS = {name: [(tales + 0.3 * i, task * 1.3**i) for tales, task in ((4.0, 0.2), (4.1, 0.22), (4.2, 0.3))]
+        for i, name in enumerate(METHODS)}
 CROWDED = {name: [(4.5 + 0.05 * i, 0.25 + 0.01 * (i % 3))] for i, name in enumerate(METHODS[:7])}
 AT_THE_EDGE = {name: [(5.9 + 0.02 * i, 0.3)] for i, name in enumerate(METHODS[:4])}
 BASE = (3.3, 4.3)
@@ -48,7 +50,8 @@ def test_each_panel_holds_its_shape_and_each_row_its_variant():
     assert [re.search(r"\d+×\d+", ax.get_title())[0] for ax in panels[:-1]] == list(TIMES)
     assert [text.get_text() for text in panels[0].get_yticklabels()] == ROWS
     for ax, found in zip(panels, TIMES.values()):
-        bars, dots = [[line for line in ax.lines if line.get_color() == show.BLUE and line.get_marker() == m] for m in ("None", "o")]
+        bars, dots = [[line for line in ax.lines if line.get_color() == show.BLUE and line.get_marker() == m]
+                      for m in ("None", "o")]
         for y, (name, (ratio, low, high)) in enumerate(found.items()):
             assert list(bars[y].get_xdata()) == [low, high] and list(bars[y].get_ydata()) == [y, y], name
             assert list(dots[y].get_xdata()) == [ratio] and list(dots[y].get_ydata()) == [y]
@@ -88,25 +91,29 @@ def test_the_paper_s_ratios_stand_hollow_in_the_rows_of_the_adapters():
 
 def test_without_adapters_the_paper_s_panel_is_empty():
     few = {"1×16": {"LoRA": (1.5, 1.4, 1.6)}}
-    assert not any(len(line.get_xdata()) for line in mp.plot_latency(few, "t").axes[-1].lines if line.get_label() in mp.PAPER)
+    assert not any(len(line.get_xdata()) for line in mp.plot_latency(few, "t").axes[-1].lines
+                   if line.get_label() in mp.PAPER)
 
 
 def test_shapes_with_other_variants_are_refused():
     other = TIMES | {"1×128": {"LoRA": (1.0, 0.9, 1.1)}}
-    with pytest.raises(ValueError, match="1×128 has the variants LoRA: give LoRA, LoRA merged, .* and None where a time is too noisy"):
+    with pytest.raises(ValueError, match="1×128 has the variants LoRA: give LoRA, LoRA merged, .* and None where a "
+                       "time is too noisy"):
         mp.plot_latency(other, "t")
 
 
 def test_each_method_is_its_mean_with_a_cross_of_its_extremes():
     ax = FIGURES["plane"]().axes[0]
     dots = {line.get_label(): line for line in ax.lines if line.get_label() in ENDS}
-    crosses = [line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
+    crosses = [line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) == 2
+               and line.get_linestyle() == "-"]
     for i, (name, seeds) in enumerate(ENDS.items()):
         mean = np.mean(seeds, axis=0)
         assert np.allclose([dots[name].get_xdata()[0], dots[name].get_ydata()[0]], mean), name
         flat, upright = crosses[2 * i:2 * i + 2]
         assert np.allclose(flat.get_xdata(), [seeds[0][0], seeds[2][0]]) and np.allclose(flat.get_ydata(), mean[1])
-        assert np.allclose(upright.get_ydata(), [seeds[0][1], seeds[2][1]]) and np.allclose(upright.get_xdata(), mean[0])
+        assert np.allclose(upright.get_ydata(), [seeds[0][1], seeds[2][1]])
+        assert np.allclose(upright.get_xdata(), mean[0])
     assert any(line.get_marker() == "*" and line.get_xydata().tolist() == [list(BASE)] for line in ax.lines)
 
 
@@ -118,7 +125,9 @@ def test_no_two_methods_look_alike():
 
 @pytest.mark.parametrize("ends", [ENDS, CROWDED, AT_THE_EDGE], ids=["apart", "crowded", "at the edge"])
 def test_every_name_stands_by_itself(ends):
-    """No name covers another, a point, or the edge; each is nearer to its own point than to any other, or a line leads to it."""
+    """No name covers another, a point, or the edge; each is nearer to its own point than to any other, or a line
+    leads to it.
+    """
     fig = mp.plot_methods_plane(ends, BASE, "t", floor=2.1)
     fig.draw_without_rendering()
     (ax,), names = fig.axes, names_of(fig.axes[0])

@@ -14,15 +14,18 @@ SIGMA = torch.tensor([4.0, 2.0, 1.0, 0.5])
 RANKS = [0, 1, 2, 4]
 ENERGY = ([0, 0.5, 0.75, 1], [0, 0.4, 0.7, 1], [0, 0.6, 0.8, 1])
 LOSS, TASK = [0, 0.75, 1.01, 1.0], [None, None, 0.25, 0.875]
-NULLS = {"random targets": [0, 0.8, 0.9, 1], "more tales": [0, 0.25, 0.5, 1], "Gaussian": torch.tensor([0, 0.125, 0.25, 1])}
+NULLS = {"random targets": [0, 0.8, 0.9, 1], "more tales": [0, 0.25, 0.5, 1],
+         "Gaussian": torch.tensor([0, 0.125, 0.25, 1])}
 TABLE = {(layer, matrix): 10.0 * layer + i for layer in (0, 1, 11) for i, matrix in enumerate(("q_proj", "up_proj"))}
 WHOLE = torch.arange(-12.0, 12).reshape(4, 6)
 NOISE = (np.linspace(0, 1, 5), np.array([0, 1.0, 2.0, 1.0, 0]))
 
 FIGURES = {
     "spectra": lambda: sp.plot_spectra({"one": SIGMA, "two": [3, 2, 1]}, "Two spectra", edge=1.5),
-    "many spectra": lambda: sp.plot_spectra({f"matrix {i}": [4 + i * i, 2, 1][:3 - i % 2] for i in range(9)}, "Nine spectra"),
-    "what is kept": lambda: sp.plot_what_is_kept(RANKS, ENERGY, LOSS, TASK, NULLS, "Little of ΔW, most of what it learned"),
+    "many spectra": lambda: sp.plot_spectra({f"matrix {i}": [4 + i * i, 2, 1][:3 - i % 2] for i in range(9)},
+                                            "Nine spectra"),
+    "what is kept": lambda: sp.plot_what_is_kept(RANKS, ENERGY, LOSS, TASK, NULLS, "Little of ΔW, most of what it "
+                                                 "learned"),
     "density": lambda: sp.plot_density([0.5, 1, 1, 2, 3, 9], (4, 9), 0.5, "Three beyond", NOISE),
     "layers": lambda: sp.plot_layers(TABLE, "Which layers", "effective rank (directions)"),
     "parts": lambda: sp.plot_parts(WHOLE, WHOLE / 2, "Half of it"),
@@ -36,7 +39,8 @@ def named(fig):
 
 
 def legend_of(fig):
-    return [text.get_text() for legend in [*fig.legends, fig.axes[0].get_legend()] if legend for text in legend.get_texts()]
+    return [text.get_text() for legend in [*fig.legends, fig.axes[0].get_legend()] if legend
+            for text in legend.get_texts()]
 
 
 @every_figure
@@ -67,7 +71,8 @@ def test_seven_nulls_look_different():
 def test_spectra_hold_the_values_and_the_edge():
     fig = FIGURES["spectra"]()
     lines = named(fig)
-    assert lines["one"].get_xydata().tolist() == [[1, 4], [2, 2], [3, 1], [4, 0.5]] and list(lines["two"].get_ydata()) == [3, 2, 1]
+    assert lines["one"].get_xydata().tolist() == [[1, 4], [2, 2], [3, 1], [4, 0.5]]
+    assert list(lines["two"].get_ydata()) == [3, 2, 1]
     assert list(lines["edge of white noise"].get_ydata()) == [1.5, 1.5] and fig.axes[0].get_yscale() == "log"
     assert legend_of(fig) == ["one", "two", "edge of white noise"]
     plain = sp.plot_spectra({"one": SIGMA}, "One", log=False)
@@ -80,7 +85,9 @@ def test_a_log_axis_ends_four_powers_of_ten_below_the_largest():
 
 
 def test_many_spectra_are_grey_with_their_median():
-    """Oracle by hand: first values 4, 5, 8, ... 68, of which 20 is in the middle; every second matrix has no third value."""
+    """Oracle by hand: first values 4, 5, 8, ... 68, of which 20 is in the middle; every second matrix has no third
+    value.
+    """
     fig = FIGURES["many spectra"]()
     *each, median = fig.axes[0].lines
     assert len(each) == 9 and {line.get_color() for line in each} == {"#999999"}
@@ -96,8 +103,10 @@ def test_what_is_kept_is_drawn_in_per_cent_over_the_ranks():
     assert lines["energy of ΔW"].get_ydata().tolist() == [0, 50, 75, 100]
     assert lines["improvement in loss"].get_ydata().tolist() == [0, 75, 101, 100]
     assert np.array_equal(lines["slots right"].get_ydata(), [np.nan, np.nan, 25, 87.5], equal_nan=True)
-    assert lines["Gaussian"].get_ydata().tolist() == [0, 12.5, 25, 100] and lines["random targets"].get_ydata().tolist() == [0, 80, 90, 100]
-    assert min(lines[name].get_linewidth() for name in list(lines)[:3]) > 2 * max(lines[name].get_linewidth() for name in NULLS)
+    assert lines["Gaussian"].get_ydata().tolist() == [0, 12.5, 25, 100]
+    assert lines["random targets"].get_ydata().tolist() == [0, 80, 90, 100]
+    assert min(lines[name].get_linewidth() for name in list(lines)[:3]) > 2 * max(lines[name].get_linewidth()
+                                                                                  for name in NULLS)
     assert "or slots right" in ax.get_ylabel() and ax.get_ylim()[0] < 0 and ax.get_ylim()[1] > 101
 
 
@@ -115,14 +124,16 @@ def test_ranks_stand_evenly_from_0_on():
 
 def test_the_legend_groups_the_real_update_and_the_others():
     fig = FIGURES["what is kept"]()
-    assert legend_of(fig) == ["the real update", "energy of ΔW", "improvement in loss", "slots right", "\nenergy of other updates", *NULLS]
+    assert legend_of(fig) == ["the real update", "energy of ΔW", "improvement in loss", "slots right", "\nenergy of "
+                              "other updates", *NULLS]
     bold = [text.get_text().strip() for text in fig.legends[0].get_texts() if text.get_fontweight() == "bold"]
     assert bold == ["the real update", "energy of other updates"]
 
 
 def test_without_slots_and_nulls_the_figure_does_not_name_them():
     fig = sp.plot_what_is_kept(RANKS, ENERGY, LOSS, None, {}, "t")
-    assert legend_of(fig) == ["the real update", "energy of ΔW", "improvement in loss"] and "slots" not in fig.axes[0].get_ylabel()
+    assert legend_of(fig) == ["the real update", "energy of ΔW", "improvement in loss"]
+    assert "slots" not in fig.axes[0].get_ylabel()
 
 
 def test_the_histogram_has_area_1_and_the_edge_stands_where_noise_ends():
@@ -149,7 +160,8 @@ def test_each_cell_of_the_layers_has_its_number_where_it_belongs():
 def test_the_numbers_can_be_read_on_their_colours():
     """Oracle: the contrast ratio of WCAG 2, which asks for 4.5."""
     def luminance(color):
-        return np.dot([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)], (0.2126, 0.7152, 0.0722))
+        return np.dot([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)],
+                      (0.2126, 0.7152, 0.0722))
     ax = sp.plot_layers({(i, "q"): float(i) for i in range(40)}, "t", "x").axes[0]
     for text in ax.texts:
         one, other = luminance(ax.images[0].to_rgba(float(text.get_text()))[:3]), luminance(text.get_color())
@@ -158,7 +170,8 @@ def test_the_numbers_can_be_read_on_their_colours():
 
 def test_a_missing_cell_stays_empty():
     ax = sp.plot_layers({(0, "q"): 1.0, (1, "q"): 2.0, (1, "k"): 3.0}, "t", "x").axes[0]
-    assert sorted(text.get_text() for text in ax.texts) == ["1", "2", "3"] and np.isnan(ax.images[0].get_array().filled(np.nan)).sum() == 1
+    assert sorted(text.get_text() for text in ax.texts) == ["1", "2", "3"]
+    assert np.isnan(ax.images[0].get_array().filled(np.nan)).sum() == 1
 
 
 def test_both_parts_have_one_symmetric_scale():
@@ -181,13 +194,17 @@ def test_a_scale_is_never_0(matrix, scale):
     (lambda: sp.plot_spectra({"a": torch.eye(2)}, "t"), "the spectrum 'a' has shape (2, 2)"),
     (lambda: sp.plot_spectra({"a": []}, "t"), "the spectrum 'a' has shape (0,)"),
     (lambda: sp.plot_spectra({"a": [1, np.nan]}, "t"), "with nan or inf in it"),
-    (lambda: sp.plot_what_is_kept([1, 2, 4], [0, 0, 1], [0, 0, 1], None, {}, "t"), "[1, 2, 4]: give at least two, rising from 0"),
+    (lambda: sp.plot_what_is_kept([1, 2, 4], [0, 0, 1], [0, 0, 1], None, {}, "t"), "[1, 2, 4]: give at least two, "
+     "rising from 0"),
     (lambda: sp.plot_what_is_kept([0, 2, 2], [0, 0, 1], [0, 0, 1], None, {}, "t"), "rising from 0"),
     (lambda: sp.plot_what_is_kept(RANKS, [0, 1], LOSS, None, {}, "t"), "'energy of ΔW' does not fit: give 4 shares"),
-    (lambda: sp.plot_what_is_kept(RANKS, (*ENERGY[:2], [0, 1]), LOSS, None, {}, "t"), "'energy of ΔW' does not fit: give 4 shares"),
-    (lambda: sp.plot_what_is_kept(RANKS, ENERGY[:2], LOSS, None, {}, "t"), "'energy of ΔW' does not fit: give 4 shares"),
+    (lambda: sp.plot_what_is_kept(RANKS, (*ENERGY[:2], [0, 1]), LOSS, None, {}, "t"), "'energy of ΔW' does not fit: "
+     "give 4 shares"),
+    (lambda: sp.plot_what_is_kept(RANKS, ENERGY[:2], LOSS, None, {}, "t"),
+     "'energy of ΔW' does not fit: give 4 shares"),
     (lambda: sp.plot_what_is_kept(RANKS, ENERGY, LOSS[:2], None, {}, "t"), "'improvement in loss' does not fit"),
-    (lambda: sp.plot_what_is_kept(RANKS, ENERGY, LOSS, None, {"tales": [0, 30, 60, 100]}, "t"), "'tales' holds 100: give shares"),
+    (lambda: sp.plot_what_is_kept(RANKS, ENERGY, LOSS, None, {"tales": [0, 30, 60, 100]}, "t"), "'tales' holds 100: "
+     "give shares"),
     (lambda: sp.plot_density([[1.0]], (4, 9), 0.5, "t", NOISE), "has shape (1, 1)"),
     (lambda: sp.plot_layers({}, "t", "x"), "plot_layers got 0 numbers: give finite ones"),
     (lambda: sp.plot_layers({(0, "q"): np.nan}, "t", "x"), "with nan or inf among them"),

@@ -28,13 +28,24 @@ def base():
 @pytest.fixture(scope="module")
 def lesson(base):
     tokenizer = load_pretrained()[1]
-    return Lesson(tokenizer, bistro.prompt(bistro.cards("valid", 1)[0]), lambda steps, seed: bistro.batches(tokenizer, steps, 2, seed),
-                  bistro.heldout(tokenizer, 7, batch_size=3), corpora.tales_from(base, tokenizer, n=3, length=8, batch_size=2),
+    return Lesson(tokenizer, bistro.prompt(bistro.cards("valid", 1)[0]), lambda steps,
+                  seed: bistro.batches(tokenizer, steps, 2, seed),
+                  bistro.heldout(tokenizer, 7, batch_size=3),
+                  corpora.tales_from(base, tokenizer, n=3, length=8, batch_size=2),
                   bistro.cards("test", 6))
 
 
 def found(run) -> tuple:
-    return run.done, tuple(run.losses), tuple(run.points), tuple(run.samples), tuple(run.sigma), run.slots, run.diverged, run.complete
+    return (
+        run.done,
+        tuple(run.losses),
+        tuple(run.points),
+        tuple(run.samples),
+        tuple(run.sigma),
+        run.slots,
+        run.diverged,
+        run.complete,
+    )
 
 
 def finished(run):
@@ -111,7 +122,8 @@ def test_the_exam_is_written_a_few_prompts_at_a_time_and_scored(base, lesson, mo
     def write(model, tokenizer, records):
         asked.append(len(records))
         return [right[bistro.prompt(record)] for record in records]
-    right = {bistro.prompt(record): text if i < 4 else "" for i, (record, text) in enumerate(bistro.examples("test", 6))}
+    right = {bistro.prompt(record): text if i < 4 else ""
+             for i, (record, text) in enumerate(bistro.examples("test", 6))}
     monkeypatch.setattr(live_run.bistro, "write", write)
     run = LiveRun(base, ADAPTER, lesson, 2)
     run.advance(2, seconds=math.inf)
@@ -131,7 +143,8 @@ def test_runs_on_one_base_leave_it_and_each_other_alone(base, lesson, whole):
         for run in runs:
             run.advance(seconds=0)
     assert found(runs[0]) == found(whole) != found(runs[1])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items()) and not list(lora_layers(base))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert not list(lora_layers(base))
     shared, own = runs[0].model.model.embed_tokens.weight, base.model.embed_tokens.weight
     assert shared.data_ptr() == own.data_ptr(), "the base is shared, not copied"
     assert own.requires_grad and not shared.requires_grad, "a run freezes its own model, not the base"
@@ -162,7 +175,9 @@ def test_an_absurd_rate_ends_the_run_in_a_step_that_is_named(base, lesson):
 
 
 def test_a_slice_ends_near_its_time(base, lesson, monkeypatch):
-    """A clock by hand: pieces of 0.06 s fit three times into 0.2 s (0.18 is nearer than 0.24), and one of 0.5 s once."""
+    """A clock by hand: pieces of 0.06 s fit three times into 0.2 s (0.18 is nearer than 0.24), and one of 0.5 s
+    once.
+    """
     run, pieces = LiveRun(base, ADAPTER, lesson, STEPS), []
     for length, count in ((0.06, 3), (0.09, 2), (0.5, 1)):
         run._work = (pieces.append(length) for _ in range(99))
@@ -193,7 +208,8 @@ def test_the_singular_values_are_numpys(base):
     apply_lora(model, ("up_proj",), rank=5, alpha=3.0)
     layer = dict(lora_layers(model))["model.layers.0.mlp.up_proj"]
     torch.nn.init.normal_(layer.lora_B)
-    assert np.allclose(singular_values(layer), np.linalg.svd(layer.delta_weight().detach().numpy(), compute_uv=False)[:5], rtol=1e-5)
+    assert np.allclose(singular_values(layer),
+                       np.linalg.svd(layer.delta_weight().detach().numpy(), compute_uv=False)[:5], rtol=1e-5)
     layer.lora_A.data[0, 0] = math.inf
     assert np.isnan(singular_values(layer)).all()
 

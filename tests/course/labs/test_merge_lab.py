@@ -1,4 +1,6 @@
-"""The merge lab: every number against arithmetic done by hand in numpy, every control moves, and the model stays as it is."""
+"""The merge lab: every number against arithmetic done by hand in numpy, every control moves, and the model stays as
+it is.
+"""
 import ast
 import copy
 import re
@@ -23,11 +25,14 @@ TASK, TALES = (IDS, IDS.roll(-1, 1)), (IDS.flip(1), IDS.flip(1).roll(-1, 1))
 
 
 def adapted():
-    """A tiny Llama with LoRA that says something; the update is about half of its matrix, as the shipped adapter's is."""
+    """A tiny Llama with LoRA that says something; the update is about half of its matrix, as the shipped adapter's
+    is.
+    """
     torch.manual_seed(0)
     model = Llama(LlamaConfig(30, 64, 72, 1, 2, 1, 32)).eval()
     for parameter in model.parameters():
-        parameter.data *= 5 if parameter.ndim == 2 else 1              # a new model says nearly nothing, whatever its weights
+        # a new model says nearly nothing, whatever its weights
+        parameter.data *= 5 if parameter.ndim == 2 else 1
     apply_lora(model, ["q_proj", "k_proj", "down_proj"], rank=3, alpha=6)
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B, std=0.2)
@@ -48,7 +53,8 @@ ROUND = {"float32": lambda x: np.asarray(x, np.float32), "bfloat16": in_bfloat16
 def by_hand(model, name, dtype, strength):
     """(W₀, ΔW, merged) of one layer, as float64 arrays; the sum is made in float32 and rounded once."""
     layer = model.get_submodule(name)
-    W, A, B = (ROUND[dtype](t.detach()) if t is layer.weight else t.detach().numpy() for t in (layer.weight, layer.lora_A, layer.lora_B))
+    W, A, B = (ROUND[dtype](t.detach()) if t is layer.weight else t.detach().numpy()
+               for t in (layer.weight, layer.lora_A, layer.lora_B))
     delta = (strength * layer.alpha / layer.rank * (B.astype(float) @ A.astype(float))).astype(np.float32)
     return tuple(np.asarray(t, float) for t in (W, delta, ROUND[dtype](W + delta)))
 
@@ -63,7 +69,8 @@ def losses_by_hand(model, dtype, strength):
     plain = copy.deepcopy(model)
     remove_lora(plain, merge=False)
     for name, _ in lora_layers(model):
-        plain.get_submodule(name).weight.data = torch.tensor(by_hand(model, name, dtype, strength)[2], dtype=torch.float32)
+        plain.get_submodule(name).weight.data = torch.tensor(by_hand(model, name, dtype, strength)[2],
+                                                             dtype=torch.float32)
     return [evaluate(plain, [batch]) for batch in (TASK, TALES)]
 
 
@@ -133,12 +140,14 @@ def test_every_move_changes_the_picture_and_the_text(built, control, values):
 def test_the_controls_offer_what_they_should(model, undrawn):
     dtype, strength, scaled = (found := controls(lab.merge_lab(model, SMALL, TASK, TALES))).values()
     assert list(found) == ["dtype", "strength", "scaled down"]
-    assert list(dtype.options) == ["float32", "bfloat16", "float16"] and (dtype.value, scaled.value) == ("bfloat16", "1")
+    assert list(dtype.options) == ["float32", "bfloat16", "float16"]
+    assert (dtype.value, scaled.value) == ("bfloat16", "1")
     assert (strength.value, strength.min, strength.max, strength.step) == (1.0, -1.0, 2.0, 0.1)
     assert list(scaled.options) == ["1", "1/3", "1/10", "1/30", "1/100"]
 
 
-CASES = [("bfloat16", 1.0, "1"), ("bfloat16", 1.5, "1/100"), ("float16", -0.3, "1/30"), ("float32", 2.0, "1/10"), ("bfloat16", -1.0, "1/3")]
+CASES = [("bfloat16", 1.0, "1"), ("bfloat16", 1.5, "1/100"), ("float16", -0.3, "1/30"), ("float32", 2.0, "1/10"),
+         ("bfloat16", -1.0, "1/3")]
 SHARE = {"1": 1.0, "1/3": 1 / 3, "1/10": 0.1, "1/30": 1 / 30, "1/100": 0.01}
 
 
@@ -155,16 +164,20 @@ def test_what_was_rounded_away_and_the_error_are_those_of_numpy(box, model, dtyp
     errors = np.abs(merged - W - delta) / np.abs(delta)
     rest = ~lost[:48, :48]
     assert np.allclose(np.ma.getdata(corner)[rest], errors[:48, :48][rest], rtol=2e-3, atol=1e-4)
-    assert float(re.search(r"the others off by (\S+) of theirs", said(box))[1]) == pytest.approx(np.median(errors[:48, :48][rest]), rel=0.1)
+    assert float(re.search(r"the others off by (\S+) of theirs",
+                           said(box))[1]) == pytest.approx(np.median(errors[:48, :48][rest]), rel=0.1)
     size, error = np.linalg.norm(delta) / np.linalg.norm(W), np.linalg.norm(merged - W - delta) / np.linalg.norm(delta)
     marker = middle.lines[-1]
-    assert marker.get_xdata()[0] == pytest.approx(size, rel=1e-3) and marker.get_ydata()[0] == pytest.approx(error, rel=0.02)
+    assert marker.get_xdata()[0] == pytest.approx(size, rel=1e-3)
+    assert marker.get_ydata()[0] == pytest.approx(error, rel=0.02)
     assert f"‖ΔW‖/‖W₀‖ = {size:.2g} in {NAME}" in said(box)
     assert float(re.search(r"arrived is off by (\S+) of its size", said(box))[1]) == pytest.approx(error, rel=0.1)
 
 
 def test_small_updates_are_lost_in_bfloat16_and_only_there(box):
-    """What the lab is for: at a hundredth of a trained update much is rounded away in bfloat16, little in float16, nothing in float32."""
+    """What the lab is for: at a hundredth of a trained update much is rounded away in bfloat16, little in float16,
+    nothing in float32.
+    """
     shares = []
     for dtype in ("bfloat16", "float16", "float32"):
         put(box, dtype, 1.0, "1/100")
@@ -186,7 +199,8 @@ def test_the_losses_are_those_of_a_plain_model_with_the_merged_weights(box, mode
         set_strength(apart, at)
         found = [float(x) for x in re.findall(rf"(\d\.\d{{4}})(?: nats per token)? {word}", said(box))]
         assert found == pytest.approx([evaluate(apart, [batch]) for batch in (TASK, TALES)], abs=1.5e-4)
-    assert [float(x) for x in re.findall(r"(\d\.\d{4}) merged", said(box))] == pytest.approx(list(dots.get_ydata()), abs=6e-5)
+    assert [float(x) for x in re.findall(r"(\d\.\d{4}) merged", said(box))] == pytest.approx(list(dots.get_ydata()),
+                                                                                             abs=6e-5)
 
 
 def test_the_lines_of_the_losses_are_those_of_the_adapter_apart(box, model):
@@ -213,13 +227,15 @@ def test_each_line_of_errors_is_of_its_own_dtype(box, model):
 
 def test_at_strength_0_nothing_can_be_lost(box, model):
     put(box, "bfloat16", 0.0, "1/10")
-    assert "‖ΔW‖/‖W₀‖ = 0 in" in said(box) and "stayed: 0 of" in said(box) and np.isnan(box.figure.axes[1].lines[-1].get_ydata()).all()
+    assert "‖ΔW‖/‖W₀‖ = 0 in" in said(box) and "stayed: 0 of" in said(box)
+    assert np.isnan(box.figure.axes[1].lines[-1].get_ydata()).all()
     assert not np.any(box.figure.axes[0].images[0].get_array()) and said(box).count("(+0.0000 by the merge)") == 2
 
 
 def test_a_smaller_update_says_that_we_made_it_smaller(box, model):
     W, delta, _ = by_hand(model, NAME, "float32", 1.0)
-    own = f"as trained it is {np.linalg.norm(delta) / np.linalg.norm(W):.2g}, a smaller one is this adapter scaled down by us"
+    size = np.linalg.norm(delta) / np.linalg.norm(W)
+    own = f"as trained it is {size:.2g}, a smaller one is this adapter scaled down by us"
     put(box, "float16", 1.5, "1/30")
     assert said(box).startswith("float16, strength 1.5 scaled down to 1/30, 0.05 in effect: ") and own in said(box)
     put(box, "float16", 1.5, "1")
@@ -231,7 +247,8 @@ def test_a_matrix_smaller_than_the_corner_is_shown_whole(model, monkeypatch):
     monkeypatch.setattr(widgets, "png", lambda fig: figures.append(fig) or b"")
     box = lab.merge_lab(model, SMALL, TASK, TALES)
     image = figures[-1].axes[0].images[0]
-    assert image.get_array().shape == (32, 48) and list(image.get_extent()) == [-0.5, 47.5, 31.5, -0.5] and "of 1,536," in said(box)
+    assert image.get_array().shape == (32, 48) and list(image.get_extent()) == [-0.5, 47.5, 31.5, -0.5]
+    assert "of 1,536," in said(box)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -245,7 +262,8 @@ def test_the_model_stays_as_it_is_bit_for_bit(merged, undrawn):
     def everything():
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return ({name: (t.data_ptr(), t.requires_grad, t.detach().clone()) for name, t in tensors.items()},
-                [(layer.scaling, layer.merged) for _, layer in lora_layers(model)], [module.training for module in model.modules()])
+                [(layer.scaling, layer.merged) for _, layer in lora_layers(model)],
+                [module.training for module in model.modules()])
     before = everything()
     box = lab.merge_lab(model, NAME, TASK, TALES)
     put(box, "float16", -0.7, "1/10")
@@ -277,7 +295,8 @@ def test_a_setting_is_measured_once(box, monkeypatch):
 @pytest.mark.parametrize("spoil, name, says", [
     (lambda model: remove_lora(model, merge=False), NAME, "the model has no LoRA layer"),
     (lambda model: None, "v_proj", f"'v_proj' is no LoRA layer of this model: choose one of {NAME}, {SMALL}, "),
-    (lambda model: nn.init.zeros_(model.get_submodule(NAME).lora_B), NAME, "is zero, so a merge has nothing to lose: load an adapter"),
+    (lambda model: nn.init.zeros_(model.get_submodule(NAME).lora_B), NAME, "is zero, so a merge has nothing to lose: "
+     "load an adapter"),
     (lambda model: nn.init.constant_(model.get_submodule(NAME).lora_A, torch.nan), NAME, "not finite")])
 def test_what_cannot_be_shown_is_refused_in_a_sentence(spoil, name, says):
     model = adapted()
@@ -294,7 +313,8 @@ def test_the_text_form_that_is_stored_holds_nothing_measured(model, box):
 def test_only_widgets_that_both_versions_share_are_used():
     """Names and keywords of ipywidgets 7.7 and 8 alike: a wrong one fails silently in 7.7."""
     tree = ast.parse(Path(lab.__file__).read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("ipywidgets.")]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
+             and ast.unparse(node.func).startswith("ipywidgets.")]
     assert {call.func.attr for call in calls} == {"ToggleButtons", "FloatSlider", "SelectionSlider"}
     shared = {"options", "value", "description", "style", "min", "max", "step"}
     assert {keyword.arg for call in calls for keyword in call.keywords} <= shared

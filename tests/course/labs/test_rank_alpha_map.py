@@ -1,4 +1,6 @@
-"""The explorer of a recorded grid: every control changes picture and text, the numbers are the record's, the best is found by valid."""
+"""The explorer of a recorded grid: every control changes picture and text, the numbers are the record's, the best is
+found by valid.
+"""
 import copy
 import re
 
@@ -17,20 +19,24 @@ def run(task, rule, rank, lr) -> dict:
     i, j = RANKS.index(rank), RATES.index(lr)
     alpha = 2 * rank if rule == "2r" else 16
     loss = BEFORE[task] - 1.5 - 0.3 * i + 0.2 * abs(j - (3 if rank == 1 else 2)) + (0.05 if rule == "fixed" else 0)
-    made = {"task": task, "rule": rule, "rank": rank, "alpha": alpha, "scaling": alpha / rank, "lr": lr, "seed": 0, "valid": loss,
+    made = {"task": task, "rule": rule, "rank": rank, "alpha": alpha, "scaling": alpha / rank, "lr": lr, "seed": 0,
+            "valid": loss,
             "test": loss + 0.01 + 0.001 * j, "tales": 3.2 + j + 0.1 * i, "diverged": None, "trainable": 19520 * rank,
             "path": [[50, loss + 0.55, loss + 0.45], [100, loss - 0.05, loss]]}
     if task == "bistro":
         made["slots"] = 0.1 * (i + j)
     if (rank, lr) == (16, 0.016):
-        made |= dict.fromkeys({"valid", "test", "tales", "slots"} & made.keys()) | {"diverged": 7, "path": [[50, None, None]]}
+        made |= dict.fromkeys({"valid", "test", "tales", "slots"} & made.keys()) | {"diverged": 7,
+                                                                                    "path": [[50, None, None]]}
     return made
 
 
 @pytest.fixture
 def record():
-    return {"settings": {"ranks": RANKS, "rates": RATES, "rules": RULES, "fixed alpha": 16, "tasks": {t: {"steps": 100} for t in TASKS}},
-            "before": {"task": {t: {"valid": BEFORE[t], "test": BEFORE[t] + 0.1} for t in TASKS}, "tales": {"its own": 3.14}},
+    return {"settings": {"ranks": RANKS, "rates": RATES, "rules": RULES, "fixed alpha": 16,
+                         "tasks": {t: {"steps": 100} for t in TASKS}},
+            "before": {"task": {t: {"valid": BEFORE[t], "test": BEFORE[t] + 0.1} for t in TASKS},
+                       "tales": {"its own": 3.14}},
             "grid": [run(t, rule, rank, lr) for t in TASKS for rule in RULES for rank in RANKS for lr in RATES]}
 
 
@@ -48,7 +54,8 @@ class Trainer:
 def pictures(monkeypatch):
     """The pictures behind the explorers that a test builds."""
     made, init = [], rank_alpha_map._Picture.__init__
-    monkeypatch.setattr(rank_alpha_map._Picture, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+    monkeypatch.setattr(rank_alpha_map._Picture, "__init__", lambda self,
+                        *args: (init(self, *args), made.append(self))[0])
     return made
 
 
@@ -74,12 +81,15 @@ def test_the_controls_offer_the_record_and_are_no_dropdowns(record):
     assert {name: type(control).__name__ for name, control in controls(box).items()} == {
         "task": "ToggleButtons", "rule": "ToggleButtons", "measure": "ToggleButtons",
         "rank r": "SelectionSlider", "rate": "SelectionSlider"}
-    assert list(controls(box)["rank r"].options) == RANKS and [value for _, value in controls(box)["rate"].options] == RATES
-    assert [value for _, value in controls(box)["task"].options] == TASKS and [value for _, value in controls(box)["rule"].options] == RULES
+    assert list(controls(box)["rank r"].options) == RANKS
+    assert [value for _, value in controls(box)["rate"].options] == RATES
+    assert [value for _, value in controls(box)["task"].options] == TASKS
+    assert [value for _, value in controls(box)["rule"].options] == RULES
     assert len(box.children) == 3, "no trainer, no button"
 
 
-@pytest.mark.parametrize("control, values", [("task", ["python_docs"]), ("rule", ["fixed"]), ("measure", ["tales", "slots"]),
+@pytest.mark.parametrize("control, values",
+                         [("task", ["python_docs"]), ("rule", ["fixed"]), ("measure", ["tales", "slots"]),
                                              ("rank", [1, 16]), ("lr", [0.002, 0.016, 0.004])])
 def test_every_move_changes_the_picture_and_the_text(record, control, values):
     box = grid_explorer(record)
@@ -98,15 +108,15 @@ def test_the_text_holds_the_numbers_of_the_cell(record):
     want = run("bistro", "fixed", 4, 0.004)       # by hand: 4 - 1.5 - 0.3 + 0.2 + 0.05 = 2.45
     assert want["valid"] == pytest.approx(2.45)
     first, second, path, row, best = said(box).splitlines()
-    assert first == ("restaurants, alpha fixed: rank 4, alpha 16, scaling 4, learning rate 0.004; 78,080 trainable numbers, "
-                     "an adapter of 312,320 bytes in float32")
-    assert second == ("after 100 steps, nats per token: test 2.461 (before 4.10), validation 2.450, tales 4.30 (before 3.14); "
-                      "slots right: 20%")
+    assert first == ("restaurants, alpha fixed: rank 4, alpha 16, scaling 4, learning rate 0.004; 78,080 trainable "
+                     "numbers, an adapter of 312,320 bytes in float32")
+    assert second == ("after 100 steps, nats per token: test 2.461 (before 4.10), validation 2.450, tales 4.30 (before "
+                      "3.14); slots right: 20%")
     assert path == "path, train / held-out: step 50: 3.00 / 2.90; step 100: 2.40 / 2.45"
-    assert row == ("this row, loss on the new task (nats per token) at each learning rate: "
-                   "0.002: 2.66, 0.004: 2.46, 0.008: 2.26, 0.016: 2.46")
-    assert best == ("best by validation: in this row rank 4 at learning rate 0.008, test 2.262; "
-                    "in the whole map rank 16 at learning rate 0.008, test 1.962")
+    assert row == ("this row, loss on the new task (nats per token) at each learning rate: 0.002: 2.66, 0.004: 2.46, "
+                   "0.008: 2.26, 0.016: 2.46")
+    assert best == ("best by validation: in this row rank 4 at learning rate 0.008, test 2.262; in the whole map rank "
+                    "16 at learning rate 0.008, test 1.962")
 
 
 def test_other_measures_show_their_own_row(record):
@@ -114,13 +124,15 @@ def test_other_measures_show_their_own_row(record):
     choose(box, rank=1, measure="slots")
     assert "this row, slots right (%) at each learning rate: 0.002: 0, 0.004: 10, 0.008: 20, 0.016: 30" in said(box)
     choose(box, measure="tales", rank=16)
-    assert "loss on the tales (nats per token) at each learning rate: 0.002: 3.40, 0.004: 4.40, 0.008: 5.40, 0.016: diverged" in said(box)
+    assert ("loss on the tales (nats per token) at each learning rate: 0.002: 3.40, 0.004: 4.40, 0.008: 5.40, "
+            "0.016: diverged") in said(box)
 
 
 def test_a_task_without_slots_shows_its_loss_and_says_so(record):
     box = grid_explorer(record)
     choose(box, task="python_docs", measure="slots")
-    assert said(box).startswith("documentation has no slots: the map shows the loss on the task\n") and "; slots right" not in said(box)
+    assert said(box).startswith("documentation has no slots: the map shows the loss on the task\n")
+    assert "; slots right" not in said(box)
     assert "this row, loss on the new task" in said(box)
 
 
@@ -130,7 +142,8 @@ def test_a_diverged_cell_is_crossed_and_has_no_number_or_colour(record, pictures
     assert "diverged at step 7 of 100: there is no loss to show\npath, train / held-out: step 50: - / -\n" in said(box)
     picture = pictures[0]
     x, y = picture.crosses.get_data()
-    assert (np.nanmin(x), np.nanmax(x), np.nanmin(y), np.nanmax(y)) == (2.5, 3.5, 1.5, 2.5)       # column 3, row 2 and nothing else
+    # column 3, row 2 and nothing else
+    assert (np.nanmin(x), np.nanmax(x), np.nanmin(y), np.nanmax(y)) == (2.5, 3.5, 1.5, 2.5)
     assert picture.numbers[2, 3].get_text() == "" and picture.image.get_array()[2, 3].tolist() == [1, 1, 1]
     assert picture.note.get_text() == "diverged at step 7"
     choose(box, lr=0.008)
@@ -159,11 +172,12 @@ def test_the_map_shows_each_number_and_frames_the_best_of_each_row(record, pictu
 def test_the_best_goes_by_validation_and_not_by_test(record):
     better = next(r for r in record["grid"] if (r["task"], r["rule"], r["rank"], r["lr"]) == ("bistro", "2r", 4, 0.002))
     better["valid"] = 0.1
-    assert said(grid_explorer(record)).endswith("in this row rank 4 at learning rate 0.002, test 2.610; "
-                                                "in the whole map rank 4 at learning rate 0.002, test 2.610")
+    assert said(grid_explorer(record)).endswith("in this row rank 4 at learning rate 0.002, test 2.610; in the whole "
+                                                "map rank 4 at learning rate 0.002, test 2.610")
 
 
-@pytest.mark.parametrize("measure, better, worse", [("test", (2, 2), (0, 0)), ("tales", (0, 0), (2, 2)), ("slots", (1, 3), (0, 0))])
+@pytest.mark.parametrize("measure, better, worse",
+                         [("test", (2, 2), (0, 0)), ("tales", (0, 0), (2, 2)), ("slots", (1, 3), (0, 0))])
 def test_brighter_is_better_and_numbers_can_be_read(record, pictures, measure, better, worse):
     box = grid_explorer(record)
     choose(box, measure=measure)
@@ -207,7 +221,8 @@ def test_a_row_and_a_map_that_diverged_whole(record):
     assert "path, train / held-out: none\n" in said(box)
     assert "in this row none, every training diverged; in the whole map rank 16" in said(box)
     choose(box, rule="fixed", rank=4)
-    assert said(box).endswith("in this row none, every training diverged; in the whole map none, every training diverged")
+    assert said(box).endswith("in this row none, every training diverged; in the whole map none, every training "
+                              "diverged")
 
 
 def test_the_button_opens_the_chosen_setting(record):
@@ -221,14 +236,17 @@ def test_the_button_opens_the_chosen_setting(record):
     assert "in the trainer: task python_docs, rule fixed, rank 16, alpha 16, lr 0.004" in status.value
     choose(box, rule="2r", rank=1)
     button.click()
-    assert "cannot open this setting: ValueError: rank &lt;1&gt; is too small" in status.value and len(trainer.opened) == 1
+    assert "cannot open this setting: ValueError: rank &lt;1&gt; is too small" in status.value
+    assert len(trainer.opened) == 1
 
 
 def test_a_record_that_is_not_whole_is_refused(record):
     broken = copy.deepcopy(record)
-    gone = [r for r in broken["grid"] if (r["task"], r["rule"], r["rank"], r["lr"]) == ("python_docs", "fixed", 4, 0.008)][0]
+    gone = [r for r in broken["grid"]
+            if (r["task"], r["rule"], r["rank"], r["lr"]) == ("python_docs", "fixed", 4, 0.008)][0]
     broken["grid"].remove(gone)
-    with pytest.raises(ValueError, match="1 of the grid's 48 cells are missing, the first of them rank 4 at learning rate 0.008, "
+    with pytest.raises(ValueError, match="1 of the grid's 48 cells are missing, the first of them rank 4 at learning "
+                       "rate 0.008, "
                                          "rule 'fixed', on python_docs"):
         grid_explorer(broken)
     broken["grid"] += [gone, gone]

@@ -43,7 +43,8 @@ class Layer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name, out, into in (("q", 8, 8), ("k", 4, 8), ("v", 4, 8), ("o", 8, 8), ("gate", 12, 8), ("up", 12, 8), ("down", 8, 12)):
+        for name, out, into in (("q", 8, 8), ("k", 4, 8), ("v", 4, 8), ("o", 8, 8), ("gate", 12, 8), ("up", 12, 8),
+                                ("down", 8, 12)):
             setattr(self, f"{name}_proj", nn.Linear(into, out, bias=False))
 
 
@@ -137,20 +138,22 @@ def test_the_picture_on_the_right_is_the_best_of_its_rank(drawn):
 def test_the_markers_of_the_dial_stand_at_its_setting(drawn):
     parts(alpha_dial(ALPHAS, TASK, TALES, TEXTS))[0]["strength"].value = 0.6
     line, markers = drawn[1].axes[0].lines[-2:]
-    assert np.allclose(line.get_xdata(), 0.6) and np.allclose(markers.get_xdata(), 0.6) and np.allclose(markers.get_ydata(), [2.0, 4.5])
+    assert np.allclose(line.get_xdata(), 0.6) and np.allclose(markers.get_xdata(), 0.6)
+    assert np.allclose(markers.get_ydata(), [2.0, 4.5])
 
 
 def test_the_bars_of_the_picker_are_as_long_as_the_counts(drawn, model):
     parts(target_picker(model, rank=3))[0]["rank r"].value = 2
-    assert [bar.get_width() for bar in drawn[1].axes[0].patches] == [2 * 2 * side for side in (16, 12, 12, 16, 20, 20, 20)]
+    assert [bar.get_width() for bar in drawn[1].axes[0].patches] == [2 * 2 * side
+                                                                     for side in (16, 12, 12, 16, 20, 20, 20)]
 
 
 def test_the_picker_counts_as_a_hand_does(model):
     """Oracle: two layers; at rank r a matrix (out, in) costs r (out + in)."""
     box = target_picker(model, rank=3)
     frozen = 2 * (2 * 64 + 2 * 32 + 3 * 96) + 400
-    assert said(box) == (f"rank 3 on q_proj, v_proj: {2 * 3 * (16 + 12)} trainable numbers, "
-                         f"{168 / (frozen + 168):.2%} of {frozen + 168:,}; the adapter is 672 bytes in float32")
+    assert said(box) == (f"rank 3 on q_proj, v_proj: {2 * 3 * (16 + 12)} trainable numbers, {168 / (frozen + 168):.2%} "
+                         f"of {frozen + 168:,}; the adapter is 672 bytes in float32")
     controls = parts(box)[0]
     for name in PROJECTIONS:
         controls[name].value = True
@@ -185,7 +188,8 @@ def test_an_error_in_the_callback_is_shown_and_the_next_move_works():
     before = bytes(box.children[1].value)
     slider = parts(box)[0]["level"]
     slider.value = 2
-    assert said(box) == ("This setting cannot be drawn: RuntimeError: no &lt;level&gt; two (The picture is of the setting before.)")
+    assert said(box) == ("This setting cannot be drawn: RuntimeError: no &lt;level&gt; two (The picture is of the "
+                         "setting before.)")
     assert bytes(box.children[1].value) == before
     slider.value = 3
     assert said(box) == "level 3" and bytes(box.children[1].value) != before
@@ -195,8 +199,10 @@ def test_the_text_is_announced_to_a_screen_reader():
     assert 'role="status"' in alpha_dial(ALPHAS, TASK, TALES, TEXTS).children[2].value
 
 
-@pytest.mark.parametrize("make", [lambda model, more: alpha_dial(ALPHAS, TASK + more, TALES, lambda a: f"text {a + more}"),
-                                  lambda model, more: rank_picture(PICTURE + more), lambda model, more: target_picker(model)])
+@pytest.mark.parametrize("make",
+                         [lambda model, more: alpha_dial(ALPHAS, TASK + more, TALES, lambda a: f"text {a + more}"),
+                                  lambda model, more: rank_picture(PICTURE + more), lambda model,
+                          more: target_picker(model)])
 def test_the_text_form_that_is_stored_holds_nothing_measured(make, model):
     stored = [box._repr_mimebundle_()["text/plain"] for box in (make(model, 0), make(model, 0.1234))]
     assert stored[0] == stored[1] and "Slider" in stored[0]
@@ -204,7 +210,8 @@ def test_the_text_form_that_is_stored_holds_nothing_measured(make, model):
 
 def test_a_redraw_is_quick(model):
     """0.1 s is what a drag can bear. The processor's time, and the best of 20: a busy machine must not decide."""
-    for make, control in ((lambda: alpha_dial(ALPHAS, TASK, TALES, TEXTS), "strength"), (lambda: rank_picture(PICTURE), "rank r"),
+    for make, control in ((lambda: alpha_dial(ALPHAS, TASK, TALES, TEXTS), "strength"),
+                          (lambda: rank_picture(PICTURE), "rank r"),
                           (lambda: target_picker(model), "rank r")):
         box, times = make(), []
         slider = parts(box)[0][control]
@@ -218,7 +225,8 @@ def test_a_redraw_is_quick(model):
 
 def test_only_widgets_that_both_versions_share_are_used():
     """The names and keywords that differ in 7.7 fail silently there; this list is what was compared."""
-    allowed = {"Checkbox": {"value", "description", "indent", "layout"}, "FloatSlider": {"value", "min", "max", "step", "description"},
+    allowed = {"Checkbox": {"value", "description", "indent", "layout"},
+               "FloatSlider": {"value", "min", "max", "step", "description"},
                "IntSlider": {"value", "min", "max", "description"}, "Image": {"format", "layout"}, "HTML": set(),
                "HBox": {"layout"}, "VBox": set(), "Layout": {"max_width", "width", "flex_flow"}}
     tree = ast.parse(Path(widgets.__file__).read_text())

@@ -95,8 +95,9 @@ def settings(tr) -> tuple:
 def test_it_starts_at_step_0_and_says_what_would_be_trained(tr):
     assert settings(tr) == ("bistro", "all-linear", "2r", 8, 16, 8e-3)
     count = 8 * (4 * (16 + 16) + 3 * (16 + 24))
-    assert said(tr) == (f"step 0 of 12: press play, or one step\nrestaurants, all-linear, r 8, alpha 16 (2r), lr 0.008\n"
-                        f"scaling = alpha / r = 2.00; {count:,} trainable parameters, {4 * count:,} bytes in float32; trained on a toy")
+    assert said(tr) == (f"step 0 of 12: press play, or one step\nrestaurants, all-linear, r 8, alpha 16 (2r), lr "
+                        f"0.008\nscaling = alpha / r = 2.00; {count:,} trainable parameters, {4 * count:,} bytes in "
+                        "float32; trained on a toy")
     tick(tr)
     assert tr.run.report.trainable == count and tr.run.report.adapter_bytes == 4 * count
 
@@ -108,8 +109,9 @@ def test_playing_trains_and_pausing_stops(tr):
         pictures.add(bytes(tr.image.value))
     assert len(pictures) == 3 and tr.run.losses[0] > tr.run.losses[-1]
     last, first = tr.run.points[-1], tr.run.points[0]
-    assert (f"loss of the step's batch {tr.run.losses[-1]:.3f} nats per token; measured at step 10: held-out {last.heldout:.3f} "
-            f"(before {first.heldout:.3f}), tales {last.tales:.3f} (before {first.tales:.3f})") in said(tr).replace("&#x27;", "'")
+    assert (f"loss of the step's batch {tr.run.losses[-1]:.3f} nats per token; measured at step 10: held-out "
+            f"{last.heldout:.3f} (before {first.heldout:.3f}), tales {last.tales:.3f} (before "
+            f"{first.tales:.3f})") in said(tr).replace("&#x27;", "'")
     before = state(tr)
     assert state(tr) == before, "no tick, no step"
 
@@ -119,7 +121,8 @@ def test_which_ticks_arrive_does_not_matter(tr, base, lessons, by):
     """What the text and picture are at a step is a function of the step, whichever values the clock skips."""
     other = Trainer(base, lessons.__getitem__, STEPS, "trained on a toy")
     rng = random.Random(by)
-    for each, moves in ((tr, lambda: tick(tr)), (other, lambda: tick(other, by=by) if rng.random() < 0.7 else other.step_button.click())):
+    for each, moves in ((tr, lambda: tick(tr)),
+                        (other, lambda: tick(other, by=by) if rng.random() < 0.7 else other.step_button.click())):
         each.seen = {}
         while not each.run or not each.run.complete:
             moves()
@@ -140,7 +143,8 @@ def test_one_step_is_one_step_then_the_exam_goes_on_in_slices(tr):
 
 def test_at_the_end_the_clock_is_at_its_end_and_new_settings_wind_it_up(tr):
     play_out(tr)
-    assert step(tr) == STEPS and tr.play.max == tr.play.value < CLOCK and "complete; move a slider, or press reset" in said(tr)
+    assert step(tr) == STEPS and tr.play.max == tr.play.value < CLOCK
+    assert "complete; move a slider, or press reset" in said(tr)
     assert f"(written at step {STEPS})" in said(tr)
     tr.controls["rank"].value = 2
     assert tr.play.max == CLOCK and step(tr) == 0
@@ -163,8 +167,10 @@ def test_a_moved_slider_leaves_the_old_curve_and_starts_a_new_one(tr):
 def test_the_picture_shows_what_the_run_found(tr):
     play_out(tr)
     points, picture = tr.run.points, tr.picture
-    assert list(picture.heldout[0].get_xdata()) == [0, 10, 12] and list(picture.heldout[0].get_ydata()) == [p.heldout for p in points]
-    assert list(picture.paths[0].get_xdata()) == [p.tales for p in points] == list(tr.run.points[i].tales for i in range(3))
+    assert list(picture.heldout[0].get_xdata()) == [0, 10, 12]
+    assert list(picture.heldout[0].get_ydata()) == [p.heldout for p in points]
+    assert list(picture.paths[0].get_xdata()) == [p.tales for p in points] == list(tr.run.points[i].tales
+                                                                                   for i in range(3))
     assert list(picture.sigma.get_ydata()) == tr.run.sigma and max(tr.run.sigma) > 0
     assert f"{tr.run.watched}: {tr.run.sigma[0]:.3g}, " in said(tr)
     assert (list(picture.star.get_xdata()), list(picture.star.get_ydata())) == ([points[0].tales], [points[0].heldout])
@@ -218,7 +224,8 @@ def test_alpha_is_locked_to_twice_the_rank_and_the_lock_is_said(tr):
     rule.value = "rslora"
     assert not alpha.disabled and "scaling = alpha / √r = 3.50" in said(tr)
     tick(tr)
-    assert tr.run.sigma == [0.0] * 4 and {layer.scaling for layer in tr.run.model.modules() if hasattr(layer, "lora_A")} == {3.5}
+    assert tr.run.sigma == [0.0] * 4
+    assert {layer.scaling for layer in tr.run.model.modules() if hasattr(layer, "lora_A")} == {3.5}
     rule.value = "2r"
     assert alpha.value == 8 and alpha.disabled
 
@@ -254,7 +261,8 @@ def test_a_drag_makes_no_model(tr, monkeypatch):
 def test_each_callback_draws_once(tr, monkeypatch):
     drawn = []
     monkeypatch.setattr(trainer, "png", lambda fig: drawn.append(fig) or b"")
-    for act in (lambda: tick(tr), lambda: setattr(tr.controls["rank"], "value", 3), tr.step_button.click, tr.reset_button.click,
+    for act in (lambda: tick(tr), lambda: setattr(tr.controls["rank"], "value", 3), tr.step_button.click,
+                tr.reset_button.click,
                 lambda: tr.open("python_docs", "2r", 4, 8, 0.016)):
         drawn.clear()
         act()
@@ -264,7 +272,8 @@ def test_each_callback_draws_once(tr, monkeypatch):
 def test_divergence_is_said_in_words(tr, monkeypatch):
     monkeypatch.setattr(trainer.Setting, "adapter", property(lambda self: trainer.LoRASettings(8, 16.0, lr=1e30)))
     play_out(tr)
-    assert re.search(r"^step (\d+) of 12: diverged at step \d+, the loss is no finite number any more; choose a smaller", said(tr))
+    assert re.search(r"^step (\d+) of 12: diverged at step \d+, the loss is no finite number any more; choose a "
+                     r"smaller", said(tr))
     assert tr.play.max == tr.play.value and "nan" not in said(tr)
     tr.controls["lr"].value = 0.001
     assert step(tr) == 0 and tr.play.max == CLOCK
@@ -301,11 +310,13 @@ def test_open_sets_every_control_in_one_move(tr):
     play_to(tr, 2)
     tr.open(task="python_docs", rule="fixed", rank=4, alpha=16.0, lr=0.032)
     assert settings(tr) == ("python_docs", "all-linear", "fixed", 4, 16, 0.032)
-    assert len(tr.earlier) == 1 and step(tr) == 0 and "scaling = alpha / r = 4.00" in said(tr) and not tr.controls["alpha"].disabled
+    assert len(tr.earlier) == 1 and step(tr) == 0 and "scaling = alpha / r = 4.00" in said(tr)
+    assert not tr.controls["alpha"].disabled
     play_out(tr)
     assert "slots right" not in said(tr) and "The → “" in said(tr)
     tr.open("bistro", "2r", 16, 32, 0.002)
-    assert settings(tr) == ("bistro", "all-linear", "2r", 16, 32, 0.002) and tr.controls["alpha"].disabled and len(tr.earlier) == 2
+    assert settings(tr) == ("bistro", "all-linear", "2r", 16, 32, 0.002) and tr.controls["alpha"].disabled
+    assert len(tr.earlier) == 2
 
 
 def test_the_button_of_the_map_can_open_every_corner_of_the_record():
@@ -323,7 +334,8 @@ def test_the_button_of_the_map_can_open_every_corner_of_the_record():
 @pytest.mark.parametrize("change, says", [
     ({"task": "poems"}, "the trainer has no task='poems': choose bistro or python_docs."),
     ({"rule": "half"}, "no rule='half': choose 2r or fixed or rslora."), ({"rank": 99}, "no rank=99: choose 1 to 16."),
-    ({"lr": 0.003}, "no lr=0.003: choose 0.0005 or 0.001"), ({"rule": "fixed", "alpha": 0.5}, "no alpha=0.5: choose 1 to 32."),
+    ({"lr": 0.003}, "no lr=0.003: choose 0.0005 or 0.001"),
+    ({"rule": "fixed", "alpha": 0.5}, "no alpha=0.5: choose 1 to 32."),
     ({"alpha": 9}, "alpha=9 at rank 4 is not 2r: give alpha=8, or another rule."),
     ({"targets": "head"}, "no targets='head': choose all-linear or MLP or")])
 def test_a_setting_that_does_not_exist_is_refused_and_changes_nothing(tr, change, says):
@@ -357,12 +369,18 @@ def test_the_text_form_that_is_stored_holds_nothing_measured(tr):
 
 
 def test_only_widgets_that_both_versions_share_are_used():
-    """Names and keywords of ipywidgets 7.7 and 8 alike: a wrong one fails silently in 7.7. No Dropdown, which an arrow key leaves."""
+    """Names and keywords of ipywidgets 7.7 and 8 alike: a wrong one fails silently in 7.7.
+
+    No Dropdown, which an arrow key leaves.
+    """
     tree = ast.parse(Path(trainer.__file__).read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("ipywidgets.")]
-    allowed = {"Play": {"value", "min", "max", "step", "interval"}, "Image": {"format", "layout"}, "Button": {"description", "layout"},
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
+             and ast.unparse(node.func).startswith("ipywidgets.")]
+    allowed = {"Play": {"value", "min", "max", "step", "interval"}, "Image": {"format", "layout"},
+               "Button": {"description", "layout"},
                "Layout": {"width", "max_width", "flex_flow"}, "HTML": set(), "HBox": {"layout"}, "VBox": set(),
-               "ToggleButtons": {"options", "description", "style"}, "SelectionSlider": {"options", "value", "description", "style"},
+               "ToggleButtons": {"options", "description", "style"},
+               "SelectionSlider": {"options", "value", "description", "style"},
                "IntSlider": {"value", "min", "max", "description", "disabled"}}
     for call in calls:
         assert {keyword.arg for keyword in call.keywords} <= allowed[call.func.attr], ast.unparse(call)

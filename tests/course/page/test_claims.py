@@ -28,7 +28,8 @@ def test_only_the_expected_verdict_passes(holds, expected, capsys):
     if verdict == expected:
         claim("Water is wet.", holds, expected, why="it is")
         assert capsys.readouterr().out.strip() in {
-            "✓ holds: Water is wet. (it is)", "≠ differs here: Water is wet. (it is)", "? undecided: Water is wet. (it is)"}
+            "✓ holds: Water is wet. (it is)", "≠ differs here: Water is wet. (it is)", "? undecided: Water is wet. (it "
+            "is)"}
     else:
         with pytest.raises(ClaimError, match=f"says '{expected}', the measurement says '{verdict}': Water is wet"):
             claim("Water is wet.", holds, expected)
@@ -47,7 +48,8 @@ def test_comparisons_of_arrays_and_tensors_are_truth_values(yes, no):
     claim("Three is less than two.", no, expected="differs here")
 
 
-@pytest.mark.parametrize("holds", [0.93, 1, "yes", torch.tensor([True, True]), np.array([True, False]), torch.tensor(1.0), []])
+@pytest.mark.parametrize("holds",
+                         [0.93, 1, "yes", torch.tensor([True, True]), np.array([True, False]), torch.tensor(1.0), []])
 def test_what_is_not_a_truth_value_is_refused(holds):
     with pytest.raises(ValueError, match=f"holds is a {type(holds).__name__} .*give True, False or None"):
         claim("x", holds)
@@ -74,8 +76,7 @@ def test_running_a_cell_again_replaces_its_row_and_keeps_the_order():
 
 def test_the_ledger_displays_as_text_and_as_escaped_html():
     claim("a < b", True)
-    assert repr(ledger()) == ("claim  source       verdict\n"
-                              "a < b  this course  holds")
+    assert repr(ledger()) == ("claim  source       verdict\na < b  this course  holds")
     assert "a &lt; b</td>" in ledger()._repr_html_() and ledger()._repr_html_().count("<tr>") == 2
 
 
@@ -132,7 +133,9 @@ def test_the_notebook_named_answers_the_row_with_the_stored_verdict(row):
     """Oracle: the notebook's own claim, which raises there when the measurement disagrees."""
     notebook = NOTEBOOKS / f"{row['notebook']}.ipynb"
     if row["verdict"].startswith("pending"):
-        assert not notebook.exists(), f"{notebook.name} is written: it must claim article={row['id']!r}, and the row needs its verdict"
+        assert not notebook.exists(), (
+            f"{notebook.name} is written: it must claim article={row['id']!r}, and the row needs its verdict"
+        )
     else:
         assert notebook.exists(), f"{notebook.name} is not written, so the row cannot have a verdict yet"
         assert answers(notebook).get(row["id"]) == row["verdict"]
@@ -142,4 +145,6 @@ def test_no_notebook_claims_a_row_against_the_stored_verdict():
     stored = {row["id"]: row["verdict"] for row in article_rows()}
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         for name, verdict in answers(notebook).items():
-            assert stored.get(name) == verdict, f"{notebook.name} says {verdict!r} about {name!r}, article.json {stored.get(name)!r}"
+            assert stored.get(name) == verdict, (
+                f"{notebook.name} says {verdict!r} about {name!r}, article.json {stored.get(name)!r}"
+            )

@@ -54,9 +54,11 @@ RIGHT = {
 }
 WRONG = {
     "not divided by the rank": (lambda A, B, alpha: alpha * B @ A, "entry [0, 0] is -6, expected -3."),
-    "hard-coded for the first case": (lambda A, B, alpha: oracle(*CASES[0]), "case 2 of 2: the shape is (4, 3), expected (2, 5)."),
+    "hard-coded for the first case": (lambda A, B, alpha: oracle(*CASES[0]), "case 2 of 2: the shape is (4, 3), "
+                                      "expected (2, 5)."),
     "transposed": (lambda A, B, alpha: solution(A, B, alpha).T, "the shape is (3, 4), expected (4, 3)."),
-    "overwrites its input": (in_place, "your function changes its input (argument 1): compute on a copy, x = x + 1 and not x += 1."),
+    "overwrites its input": (in_place, "your function changes its input (argument 1): compute on a copy, x = x + 1 and "
+                             "not x += 1."),
     "overwrites and returns nothing": (in_place_and_silent, "your function changes its input (argument 1): "
                                        "compute on a copy, x = x + 1 and not x += 1."),
     "raises": (lambda A, B, alpha: A @ B[:1].T, "your function raised RuntimeError: mat1 and mat2"),
@@ -66,7 +68,8 @@ WRONG = {
     "cut to whole numbers": (lambda A, B, alpha: solution(A, B, alpha).round().int(), "case 2 of 2: entry [0, 0] is "),
     "text": (lambda A, B, alpha: "B @ A", "got 'B @ A', expected numbers of shape (4, 3)."),
     "complex": (lambda A, B, alpha: solution(A, B, alpha) * 1j, "got "),
-    "a ragged list": (lambda A, B, alpha: [[1.0], [1.0, 2.0]], "got [[1.0], [1.0, 2.0]] (list), expected numbers of shape (4, 3)."),
+    "a ragged list": (lambda A, B, alpha: [[1.0], [1.0, 2.0]], "got [[1.0], [1.0, 2.0]] (list), expected numbers of "
+                      "shape (4, 3)."),
     "a tuple": (lambda A, B, alpha: (A, B), "got "),
     "one entry off by 0.1 %": (lambda A, B, alpha: solution(A, B, alpha) * torch.tensor([1, 1, 1.001])[:len(A[0])]
                                if len(A) == 2 else solution(A, B, alpha), "entry [0, 2] is -33.033, expected -33."),
@@ -130,10 +133,14 @@ def one(want, got):
 
 @pytest.mark.parametrize("want, got, passed", [
     (65536, 65536, True), (65536, 65536.0, True), (65536, np.int64(65536), True), (65536, torch.tensor(65536), True),
-    (65536, 65537, False), (16777216, 16777217, False), (0.25, 0.25001, True), (0.25, 0.26, False), (0.0, 1e-9, True), (0.0, 1e-3, False),
-    (0.5, [0.5], False), (True, True, True), (True, False, False), ("q_proj", "q_proj", True), ("q_proj", "k_proj", False),
-    (["q", "v"], ["q", "v"], True), (["q", "v"], ["q"], False), (["q", "v"], "q", False), ({"q"}, {"q"}, True), ({"q"}, ["q"], False),
-    ((2, torch.ones(3)), (2, np.ones(3)), True), ((2, torch.ones(3)), (2, torch.zeros(3)), False), ((2, 3), torch.Size([2, 3]), True),
+    (65536, 65537, False), (16777216, 16777217, False), (0.25, 0.25001, True), (0.25, 0.26, False), (0.0, 1e-9, True),
+    (0.0, 1e-3, False),
+    (0.5, [0.5], False), (True, True, True), (True, False, False), ("q_proj", "q_proj", True),
+    ("q_proj", "k_proj", False),
+    (["q", "v"], ["q", "v"], True), (["q", "v"], ["q"], False), (["q", "v"], "q", False), ({"q"}, {"q"}, True),
+    ({"q"}, ["q"], False),
+    ((2, torch.ones(3)), (2, np.ones(3)), True), ((2, torch.ones(3)), (2, torch.zeros(3)), False),
+    ((2, 3), torch.Size([2, 3]), True),
     (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, torch.inf]), True),
     (torch.tensor([1.0, torch.inf]), torch.tensor([2.0, torch.inf]), False), (torch.empty(0), torch.empty(0), True)])
 def test_results_of_every_kind(want, got, passed):
@@ -174,10 +181,12 @@ def test_an_interrupt_is_not_a_verdict():
 
 @pytest.mark.parametrize("answer, passed, text", [
     (None, None, "not attempted yet."), (..., None, "not attempted yet."), ("", None, "not attempted yet."),
-    (" B ", True, "correct: its loss explodes."), ("a", False, "a slow rate never jumps."), ("c", False, "look at step 1."),
+    (" B ", True, "correct: its loss explodes."), ("a", False, "a slow rate never jumps."),
+    ("c", False, "look at step 1."),
     ("d", False, "'d' is not one of the choices: a, b, c."), (2, False, "'2' is not one of the choices: a, b, c.")])
 def test_check_choice(answer, passed, text, capsys):
-    verdict = check_choice("1.4", answer, "b", "its loss explodes.", {"a": "a slow rate never jumps.", "c": "look at step 1."})
+    verdict = check_choice("1.4", answer, "b", "its loss explodes.",
+                           {"a": "a slow rate never jumps.", "c": "look at step 1."})
     assert verdict.passed is passed and capsys.readouterr().out.endswith(text + "\n")
 
 
@@ -187,14 +196,18 @@ def test_check_choice(answer, passed, text, capsys):
     ({"A": "rank", "B": "rank"}, False, "1 of 2 right; look at A: it explodes."),
     ({"A": "rate"}, False, "1 of 2 right; look at B: it stops early.")])
 def test_check_match(answers, passed, text, capsys):
-    verdict = check_match("1.4", answers, {"A": "rate", "B": "rank"}, "see below.", {"A": "it explodes.", "B": "it stops early."})
+    verdict = check_match("1.4", answers, {"A": "rate", "B": "rank"}, "see below.",
+                          {"A": "it explodes.", "B": "it stops early."})
     assert verdict.passed is passed and capsys.readouterr().out.endswith(text + "\n")
 
 
 @pytest.mark.parametrize("choice, passed, text", [
-    (None, None, "not attempted yet."), ("all", True, "a good choice, 0.24 nats per token on held-out data: every layer helps."),
-    ("mlp", True, "a good choice, 0.25 nats"), ("qv", False, "qv scores 0.4 nats per token on held-out data; another choice reaches 0.24."),
+    (None, None, "not attempted yet."),
+    ("all", True, "a good choice, 0.24 nats per token on held-out data: every layer helps."),
+    ("mlp", True, "a good choice, 0.25 nats"),
+    ("qv", False, "qv scores 0.4 nats per token on held-out data; another choice reaches 0.24."),
     ("head", False, "'head' is not one of the choices: qv, mlp, all.")])
 def test_check_decision(choice, passed, text, capsys):
-    verdict = check_decision("1.5", choice, {"qv": 0.40, "mlp": 0.25, "all": 0.24}, within=0.02, because="every layer helps.")
+    verdict = check_decision("1.5", choice, {"qv": 0.40, "mlp": 0.25, "all": 0.24}, within=0.02, because="every layer "
+                             "helps.")
     assert verdict.passed is passed and text in capsys.readouterr().out

@@ -30,16 +30,19 @@ def test_without_a_guess_the_text_is_the_same_whatever_the_truth(capsys, shown):
         bet.reveal(truth)
         calibration()
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] == ("no guess yet: How large is the loss?\n"
-                                    "no guess to compare: put yours in place of None above, and run both cells again\n"
-                                    "calibration: no guesses yet; this notebook asks for 1\n")
+    assert texts[0] == texts[1] == ("no guess yet: How large is the loss?\nno guess to compare: put yours in place of "
+                                    "None above, and run both cells again\ncalibration: no guesses yet; this notebook "
+                                    "asks for 1\n")
     assert shown == []
 
 
 def test_a_number_is_drawn_beside_the_truth_and_printed(capsys, shown):
     bet = guess(131072, "How many numbers?", unit="numbers")
     bet.reveal(65536)
-    assert capsys.readouterr().out == "your guess: 131,072 numbers\nyour guess: 131,072 numbers; the truth: 65,536 numbers\n"
+    assert (
+        capsys.readouterr().out
+        == "your guess: 131,072 numbers\nyour guess: 131,072 numbers; the truth: 65,536 numbers\n"
+    )
     ax = shown[0].axes[0]
     assert [line.get_xdata()[0] for line in ax.lines] == [131072, 65536]
     assert [text.get_text() for text in ax.texts] == ["your guess: 131,072", "the truth: 65,536"]
@@ -57,7 +60,8 @@ def test_a_curve_is_drawn_over_its_x(truth, shown):
 
 
 @pytest.mark.parametrize("value, truth, factor", [
-    (500, 1000, 2), (2000, 1000, 2), (7, 7, 1), (0, 0, 1), (0, 5, math.inf), (5, 0, math.inf), (-1, 2, math.inf), (-4, -1, 4),
+    (500, 1000, 2), (2000, 1000, 2), (7, 7, 1), (0, 0, 1), (0, 5, math.inf), (5, 0, math.inf), (-1, 2, math.inf),
+    (-4, -1, 4),
     ([1, 8], [2, 2], 8 ** 0.5)])
 def test_factor_off(value, truth, factor):
     assert factor_off(value, truth) == pytest.approx(factor)

@@ -1,4 +1,6 @@
-"""Every experiment runs on a tiny Llama with fable's tokenizer: what is tested is the code, and records are not made here."""
+"""Every experiment runs on a tiny Llama with fable's tokenizer: what is tested is the code, and records are not made
+here.
+"""
 import pytest
 import torch
 

@@ -1,4 +1,6 @@
-"""Records: the code that makes them runs end to end on tiny sizes; what is stored says how it was made and keeps its rules."""
+"""Records: the code that makes them runs end to end on tiny sizes; what is stored says how it was made and keeps its
+rules.
+"""
 import json
 
 import pytest
@@ -81,10 +83,13 @@ def test_tuning_widens_the_grid_until_the_best_is_inside():
 @pytest.mark.parametrize("name", ["lora_beside_full", "placements"])
 def test_a_stored_record_keeps_its_rules(name):
     stored = load_record(name)
-    rows = list(stored["placements"].values()) if name == "placements" else [m for t in stored["tasks"].values() for m in t.values()]
+    rows = list(stored["placements"].values()) if name == "placements" else [m for t in stored["tasks"].values()
+                                                                             for m in t.values()]
     for row in rows:
         rates = [r["lr"] for r in row["tuning"]]
-        assert rates == sorted(rates) and row["lr"] == runs.best_rate(row["tuning"]) and rates[0] < row["lr"] < rates[-1], rates
+        assert (
+            rates == sorted(rates) and row["lr"] == runs.best_rate(row["tuning"]) and rates[0] < row["lr"] < rates[-1]
+        ), rates
         assert all(b / a == pytest.approx(2, rel=0.01) for a, b in zip(rates, rates[1:]))
         assert [r["seed"] for r in row["runs"]] == stored["settings"]["seeds"] and len(row["runs"]) >= 3
         assert all(r["seed"] == 0 for r in row["tuning"])

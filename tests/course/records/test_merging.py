@@ -14,7 +14,8 @@ from lora_edu.rivals.methods import METHODS
 from lora_edu.rivals.virtual_tokens import apply_prefix
 from tests.lora.tiny import our_llama
 
-VARIANTS = ["base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)", "adapters (one a block)", "prefix"]
+VARIANTS = ["base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)", "adapters (one a block)",
+            "prefix"]
 
 
 def on(patch, device_type):
@@ -36,7 +37,8 @@ def made():
 
 def test_both_models_at_the_shapes_that_a_cpu_can_do(made):
     assert list(made["models"]) == ["fable", "135M"]
-    shapes = {name: [(shape["batch"], shape["length"]) for shape in found["shapes"]] for name, found in made["models"].items()}
+    shapes = {name: [(shape["batch"], shape["length"]) for shape in found["shapes"]]
+              for name, found in made["models"].items()}
     assert shapes == {"fable": [(1, 16), (1, 128), (8, 128), (32, 256)], "135M": [(1, 16), (1, 128)]}
     assert [entry.split(":")[0] for entry in made["settings"]["left out"]] == ["135M at 8 x 128", "135M at 32 x 256"]
 
@@ -64,7 +66,8 @@ def test_every_variant_has_its_times_and_its_ratio(made):
                 assert list(part) == VARIANTS
                 for row in part.values():
                     assert row.keys() == {"ms", "low", "high", "ratio", "ratio_low", "ratio_high"}
-                    assert 0 < row["low"] <= row["ms"] <= row["high"] and 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+                    assert 0 < row["low"] <= row["ms"] <= row["high"]
+                    assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
                 assert [part["base"][key] for key in ("ratio", "ratio_low", "ratio_high")] == [1, 1, 1]
 
 
@@ -72,7 +75,8 @@ def test_the_operators_are_counted(made):
     for found in made["models"].values():
         seen, products = found["operators"], found["matrix products"]
         assert list(seen) == list(products) == VARIANTS
-        assert seen["base"] == seen["LoRA merged"] == seen["merged and unloaded"] < min(seen["LoRA"], seen["adapters (one a block)"])
+        assert seen["base"] == seen["LoRA merged"] == seen["merged and unloaded"] < min(seen["LoRA"],
+                                                                                        seen["adapters (one a block)"])
         assert [products[name] for name in VARIANTS] == [15, 15 + 28, 15, 15, 15 + 8, 15 + 4, 15]
 
 
@@ -90,11 +94,13 @@ def test_on_a_gpu_nothing_is_left_out(monkeypatch):
 
 
 def test_a_table_is_in_milliseconds_of_one_call():
-    row = table(Times({"base": torch.full((5,), 0.008).numpy(), "LoRA": torch.tensor([1, 2, 3, 4, 5]).double().numpy() / 100}), 8)["LoRA"]
+    row = table(Times({"base": torch.full((5,), 0.008).numpy(),
+                       "LoRA": torch.tensor([1, 2, 3, 4, 5]).double().numpy() / 100}), 8)["LoRA"]
     assert (row["ms"], row["low"], row["high"], row["ratio"]) == (3.75, 2.5, 5.0, 3.75)
 
 
-@pytest.mark.parametrize("config, want", [(load_pretrained()[0].config, (38, 76)), (SMOLLM2, (35, 212))], ids=["fable", "135M"])
+@pytest.mark.parametrize("config, want", [(load_pretrained()[0].config, (38, 76)), (SMOLLM2, (35, 212))],
+                         ids=["fable", "135M"])
 def test_budgets_are_equal_within_two_per_cent(config, want):
     """Counted on the model's own parameters, on the meta device: no weights are made."""
     budget = equal_budget(config)
@@ -113,7 +119,8 @@ def test_budgets_are_equal_within_two_per_cent(config, want):
 def test_the_prefix_trains_what_the_formula_says():
     model = our_llama(positions=512)
     apply_prefix(model, torch.zeros(1, 6, dtype=torch.long))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 6 * 1 * 8 * 2     # k and v, P, H_kv, D, layers
+    # k and v, P, H_kv, D, layers
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 6 * 1 * 8 * 2
 
 
 def test_smollm2_has_its_size():
@@ -133,11 +140,13 @@ def test_methods_has_what_the_notebook_reads_and_goes_on_where_it_was_stopped(mo
         found = made["methods"][name]
         assert found["lr"] == merging.RATES[name][1] and [run["seed"] for run in found["runs"]] == [1, 2]
         for run in found["runs"]:
-            assert run["trainable"] == count and [step for step, *_ in run["path"]] == [1, 2] and len(run["shares"]) == 8
+            assert run["trainable"] == count and [step for step, *_ in run["path"]] == [1, 2]
+            assert len(run["shares"]) == 8
     assert [step for step, *_ in made["patient"]["path"]] == [4, 8]
     assert made["before"]["task"]["bistro"]["test"] > 3 and "its own" in made["before"]["tales"]
     tried.clear()
-    assert merging.methods(steps=2, every=1, seeds=(1, 2), n=8, names=names, scratch=str(tmp_path))["methods"] == made["methods"]
+    assert merging.methods(steps=2, every=1, seeds=(1, 2), n=8, names=names,
+                           scratch=str(tmp_path))["methods"] == made["methods"]
     assert tried == []
     json.dumps(made, allow_nan=False)
 
@@ -145,4 +154,5 @@ def test_methods_has_what_the_notebook_reads_and_goes_on_where_it_was_stopped(mo
 def test_every_method_searches_the_same_way():
     """Three rates a factor of two apart for each, widened by `runs.tune` alike."""
     assert list(merging.RATES) == list(METHODS)
-    assert all(len(rates) == 3 and rates[1] == 2 * rates[0] and rates[2] == 4 * rates[0] for rates in merging.RATES.values())
+    assert all(len(rates) == 3 and rates[1] == 2 * rates[0] and rates[2] == 4 * rates[0]
+               for rates in merging.RATES.values())

@@ -1,4 +1,6 @@
-"""The records of notebook 04: they run end to end on a tiny model and tiny settings, and hold what the explorer and the notebook read."""
+"""The records of notebook 04: they run end to end on a tiny model and tiny settings, and hold what the explorer and
+the notebook read.
+"""
 import itertools
 import json
 
@@ -10,7 +12,8 @@ from lora_edu.lora.settings import LoRASettings
 
 GRID = {"ranks": (1, 8), "rates": (0.05, 0.1, 1e30), "rules": ("2r", "fixed", "rslora"),
         "tasks": {"bistro": {"steps": 3, "every": 2}, "python_docs": {"steps": 2, "every": 1}}}
-PLANTED = {"matrix": "model.layers.1.mlp.down_proj", "planted": (1, 2), "ranks": (1, 2, 3), "rates": (0.02, 0.04), "steps": 3, "rows": 2,
+PLANTED = {"matrix": "model.layers.1.mlp.down_proj", "planted": (1, 2), "ranks": (1, 2, 3), "rates": (0.02, 0.04),
+           "steps": 3, "rows": 2,
            "tokens": 8}
 
 
@@ -31,7 +34,8 @@ def test_every_cell_of_the_grid_is_there_once(made):
 
 def test_the_settings_and_the_untouched_base_are_there(made):
     settings = made["settings"]
-    assert settings["ranks"] == [1, 8] and settings["rates"] == [0.05, 0.1, 1e30] and settings["rules"] == ["2r", "fixed", "rslora"]
+    assert settings["ranks"] == [1, 8] and settings["rates"] == [0.05, 0.1, 1e30]
+    assert settings["rules"] == ["2r", "fixed", "rslora"]
     assert settings["tasks"]["bistro"]["steps"] == 3 and settings["fixed alpha"] == 16 and settings["rows"] == 8
     assert settings["targets"] == "all-linear" and settings["seed"] == 0 and settings["rules not kept"]
     for task in GRID["tasks"]:
@@ -43,7 +47,8 @@ def test_the_settings_and_the_untouched_base_are_there(made):
 def test_a_cell_is_what_the_explorer_reads(made):
     for cell in made["grid"]:
         adapter = LoRASettings.by_rule(cell["rule"], cell["rank"], lr=cell["lr"])
-        assert (cell["alpha"], cell["seed"]) == (adapter.alpha, 0) and cell["scaling"] == pytest.approx(adapter.scaling, abs=1e-6)
+        assert (cell["alpha"], cell["seed"]) == (adapter.alpha, 0)
+        assert cell["scaling"] == pytest.approx(adapter.scaling, abs=1e-6)
         assert cell["trainable"] == cell["rank"] * 2 * (4 * (16 + 16) + 3 * (16 + 24))
         if cell["lr"] == 1e30:
             assert cell["diverged"] and cell["valid"] is cell["test"] is cell["tales"] is None and "slots" not in cell
@@ -57,7 +62,8 @@ def test_a_cell_is_what_the_explorer_reads(made):
 
 
 def test_at_rank_8_two_rules_are_one_run(made):
-    by_key = {(c["task"], c["rule"], c["rank"], c["lr"]): {k: v for k, v in c.items() if k != "rule"} for c in made["grid"]}
+    by_key = {(c["task"], c["rule"], c["rank"], c["lr"]): {k: v for k, v in c.items() if k != "rule"}
+              for c in made["grid"]}
     for task, lr in itertools.product(GRID["tasks"], GRID["rates"]):
         assert by_key[task, "2r", 8, lr] == by_key[task, "fixed", 8, lr]
         if lr < 1:
@@ -68,16 +74,20 @@ def test_at_rank_8_two_rules_are_one_run(made):
 def test_the_rules_agree_at_rank_8():
     assert LoRASettings.by_rule("2r", 4, lr=0.01, seed=3) == LoRASettings(4, 8, lr=0.01, seed=3)
     assert LoRASettings.by_rule("fixed", 4) == LoRASettings(4, 16)
-    assert {rank: [round(LoRASettings.by_rule(rule, rank).scaling, 3) for rule in GRID["rules"]] for rank in (2, 8, 32)} == \
+    assert {rank: [round(LoRASettings.by_rule(rule, rank).scaling, 3) for rule in GRID["rules"]]
+            for rank in (2, 8, 32)} == \
         {2: [2, 8, 4], 8: [2, 2, 2], 32: [2, 0.5, 1]}
 
 
 def test_it_goes_on_from_what_is_in_the_scratch_folder(made, scratch, monkeypatch):
-    """The runs of one task's file are thrown away, but for three; nothing else is trained again, and the record is the same."""
+    """The runs of one task's file are thrown away, but for three; nothing else is trained again, and the record is
+    the same.
+    """
     trained = []
 
     def counted(model, grid, *args, **how):
-        return ORIGINAL(model, grid, *args, watch=lambda chunk, step: trained.extend(chunk if step.step == 1 else []), **how)
+        return ORIGINAL(model, grid, *args, watch=lambda chunk, step: trained.extend(chunk if step.step == 1 else []),
+                        **how)
     ORIGINAL = rank.sweep
     monkeypatch.setattr(rank, "sweep", counted)
     file = scratch / "rank_alpha_bistro.json"
@@ -111,7 +121,8 @@ def test_more_seeds_and_more_steps(made, monkeypatch, tmp_path):
 def test_two_rates_train_the_alphas_that_are_asked_for(made, monkeypatch):
     monkeypatch.setattr(rank, "load_record", {"rank_alpha": made}.__getitem__)
     found = two_rates(alphas={1: (4,), 8: (32, 64)}, rates=(0.002, 0.004), n=32)
-    want = [(task, rank, alpha, lr) for task in GRID["tasks"] for rank, alpha in ((1, 4), (8, 32), (8, 64)) for lr in (0.002, 0.004)]
+    want = [(task, rank, alpha, lr) for task in GRID["tasks"] for rank, alpha in ((1, 4), (8, 32), (8, 64))
+            for lr in (0.002, 0.004)]
     assert [(r["task"], r["rank"], r["alpha"], r["lr"]) for r in found["runs"]] == want
     assert all(r["scaling"] == r["alpha"] / r["rank"] and r["test"] > 0 and r["rule"] == "free" for r in found["runs"])
     json.dumps(found, allow_nan=False)
@@ -121,9 +132,11 @@ def test_a_planted_rank():
     found = planted_rank(PLANTED, seeds=(1, 2), n=40)
     assert [(s["planted"], s["rank"]) for s in found["students"]] == list(itertools.product((1, 2), (1, 2, 3)))
     for student in found["students"]:
-        assert student["tuning"].keys() == {0.02, 0.04} and student["lr"] == min(student["tuning"], key=student["tuning"].get)
+        assert student["tuning"].keys() == {0.02, 0.04}
+        assert student["lr"] == min(student["tuning"], key=student["tuning"].get)
         assert len(student["divergence"]) == 2 and all(d > 0 for d in student["divergence"])
-    assert found["untrained"].keys() == {1, 2} and found["settings"]["seeds"] == [1, 2] and found["settings"]["planted"] == (1, 2)
+    assert found["untrained"].keys() == {1, 2} and found["settings"]["seeds"] == [1, 2]
+    assert found["settings"]["planted"] == (1, 2)
     json.dumps(found, allow_nan=False)
 
 

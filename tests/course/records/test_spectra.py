@@ -23,11 +23,13 @@ def test_spectra_has_what_the_notebook_reads():
     found = spectra.spectra(seeds=(1,), n=32, what=what, slice_steps=1, sizes={"bistro": {"steps": 1}})
     real, null, everything = found["runs"]
     assert [run["null"] for run in found["runs"]] == [None, "mismatched", None]
-    assert len(real["matrices"]) == 14 and len(real["sigma"]) == 7 and len(real["sigma"]["model.layers.1.mlp.up_proj"]) == 16
+    assert len(real["matrices"]) == 14 and len(real["sigma"]) == 7
+    assert len(real["sigma"]["model.layers.1.mlp.up_proj"]) == 16
     assert real["cut"][0]["rest"] == "base" and len(real["cut"][0]["slots"]) == len(found["settings"]["ranks"])
     assert null["cut"][0]["ranks"] == [0, 8, 256]
     assert [cut["rest"] for cut in everything["cut"]] == ["base", "tuned"]
-    assert set(everything["squared change"]) == {"matrices", "embedding", "norms"} and everything["squared change"]["embedding"] > 0
+    assert set(everything["squared change"]) == {"matrices", "embedding", "norms"}
+    assert everything["squared change"]["embedding"] > 0
     assert real["energy"][0] == 0 and real["energy"][-1] == pytest.approx(1)
     # the same model whatever the rest, once the rest is the same
     assert real["cut"][0]["test"][0] == everything["cut"][0]["test"][0] != everything["cut"][1]["test"][0]
@@ -38,7 +40,8 @@ def test_the_recorded_runs_keep_their_rules():
     found = load_record("spectra")
     beside = load_record("lora_beside_full")
     for run in found["runs"]:
-        assert run["lr"] == beside["tasks"][run["task"]]["full"]["lr"] and run["steps"] == beside["settings"]["sizes"][run["task"]]["steps"]
+        assert run["lr"] == beside["tasks"][run["task"]]["full"]["lr"]
+        assert run["steps"] == beside["settings"]["sizes"][run["task"]]["steps"]
         assert all(a <= b for a, b in zip(run["energy"], run["energy"][1:]))
     kinds = {(run["task"], run["null"], run["trains"]) for run in found["runs"]}
     assert kinds == set(spectra.WHAT) and len(found["runs"]) == len(kinds) * len(found["settings"]["seeds"])
@@ -56,7 +59,8 @@ def test_recorded_singular_values_give_the_recorded_figures():
     for run in load_record("spectra")["runs"]:
         for name, sigma in run.get("sigma", {}).items():
             shares = np.square(sigma).cumsum() / np.square(sigma).sum()
-            assert abs(int((shares < 0.9).sum()) + 1 - run["matrices"][name]["rank 90"]) <= 1        # four digits are stored
+            # four digits are stored
+            assert abs(int((shares < 0.9).sum()) + 1 - run["matrices"][name]["rank 90"]) <= 1
 
 
 def a_pair(folder):
