@@ -315,7 +315,7 @@ def main(argv):
     if args.verb == "notebooks":
         return notebooks(args.names)
     if args.verb == "links":
-        from tools import links   # here, because it needs Python 3.11, which is checked below
+        from tools import links  # here, because it needs Python 3.11, which is checked below
         try:
             return links.main(HERE, args.repo)
         except ValueError as error:

@@ -214,6 +214,12 @@ def deltas(base: nn.Module | str | Path, tuned: nn.Module | str | Path) -> Delta
     Raises:
         FileNotFoundError, RuntimeError: a side is not there, or the hub did not give it.
         ValueError: a side is damaged, the sides share no name, or (while iterating) a tensor has NaN or infinity in it.
+
+    >>> base, tuned = nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 2))
+    >>> _ = tuned.load_state_dict({"0.weight": base[0].weight + 0.1, "0.bias": base[0].bias})
+    >>> for name, weight, delta in deltas(base, tuned):
+    ...     print(name, tuple(delta.shape), f"{delta.mean():.1f}")
+    0 (2, 3) 0.1
     """
     return Deltas(base, tuned)
 

@@ -84,6 +84,16 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
         FileExistsError: `out` is a file, or a folder with something in it.
         ValueError: both or neither of rank and energy, a rank over the smaller side of a matrix that changed, no matrix
             that changed, and what `deltas` raises.
+
+    Source: Eckart and Young (1936).
+
+    >>> import copy, tempfile
+    >>> base = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    >>> tuned = copy.deepcopy(base)
+    >>> tuned[0].weight.data += torch.outer(torch.ones(4), torch.ones(6))      # one direction
+    >>> report = extract_lora(base, tuned, rank=1, out=tempfile.mkdtemp())
+    >>> report.targets, round(report.energy, 4)
+    (1, 1.0)
     """
     check_wishes(rank, energy)
     out = Path(out)

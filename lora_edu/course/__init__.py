@@ -1,8 +1,14 @@
 """The course's names on one screen: what the notebooks use to claim, guess, draw, play and look up what was
 measured.
 """
-from lora_edu.course.figures.curves import (learn_forget_plane, plot_bands, plot_bars, plot_loss_curves, plot_points,
-                                            plot_two_losses)
+from lora_edu.course.figures.curves import (
+                                            learn_forget_plane,
+                                            plot_bands,
+                                            plot_bars,
+                                            plot_loss_curves,
+                                            plot_points,
+                                            plot_two_losses,
+)
 from lora_edu.course.figures.matrices import plot_picture_ranks, plot_singular_values, sample_picture
 from lora_edu.course.figures.memory import plot_beside, plot_bills
 from lora_edu.course.figures.merging import plot_latency, plot_methods_plane

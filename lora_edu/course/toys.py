@@ -4,7 +4,8 @@ sentence.
 import torch
 from torch import nn
 
-from lora_edu.training import bistro, corpora
+from lora_edu.models.bridge import encode, end_token
+from lora_edu.training import bistro
 from lora_edu.training.loop import Batch
 
 
@@ -44,15 +45,15 @@ def far_cards(tokenizer, filler: torch.Tensor, length: int, room: int = 512, n: 
             tokens.
         room: how many tokens the model can read; what is too long loses its oldest, and those are the card's.
     """
-    rows, arrow, place = [], tokenizer.encode("\n=>").ids, 0
+    rows, arrow, place = [], encode(tokenizer, "\n=>"), 0
     for record, sentence in bistro.examples("test", n):
-        card = tokenizer.encode(bistro.prompt(record).removesuffix("\n=>")).ids
+        card = encode(tokenizer, bistro.prompt(record).removesuffix("\n=>"))
         between = length - len(card) - len(arrow)
         if not 0 <= between <= len(filler):
             raise ValueError(f"length={length}: a card and its arrow have {len(card) + len(arrow)} tokens and there "
                              f"are {len(filler)} of tales; choose a length between.")
         place = place if place + between <= len(filler) else 0
-        said = tokenizer.encode(" " + sentence).ids + [corpora.end_token(tokenizer)]
+        said = encode(tokenizer, " " + sentence) + [end_token(tokenizer)]
         ids = card + filler[place:place + between].tolist() + arrow + said
         place += between
         rows.append((ids[:-1][-room:], ([-100] * (length - 1) + said)[-room:]))

@@ -34,6 +34,18 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
         folder: made if it is not there.
         dtype: of the stored factors; torch.bfloat16 halves the file and keeps 8 bits of each number.
         base_name: the model the adapter belongs to, for the reader of the config.
+
+    Raises ValueError if the model has no LoRA.
+
+    Source: PEFT 0.21, developer guide "checkpoint format".
+
+    >>> import tempfile
+    >>> model, folder = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3)), tempfile.mkdtemp()
+    >>> _ = apply_lora(model, ["0"], rank=2)
+    >>> save_adapter(model, folder) > 4 * 2 * (12 + 8)      # bytes: the numbers, and a header
+    True
+    >>> sorted(file.name for file in Path(folder).iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     layers = some_lora_layers(model)
     first = layers[0][1]
@@ -86,6 +98,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAReport:
         FileNotFoundError: one of the two files is missing.
         ValueError: the config asks for more than plain LoRA, a file is damaged, or the tensors do not fit this model
             one to one (another base, other targets, another rank).
+
+    Source: as `save_adapter`.
+
+    >>> from lora_edu import load_pretrained
+    >>> from lora_edu.models.pretrained import BISTRO_ADAPTER
+    >>> model, tokenizer = load_pretrained("fable")
+    >>> load_adapter(model, BISTRO_ADAPTER).rank
+    6
     """
     folder = Path(folder)
     for name in (CONFIG, TENSORS):

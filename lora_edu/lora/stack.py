@@ -73,8 +73,8 @@ class LoRAStack:
     Source: Chen et al. (2023), "Punica", arXiv:2310.18547, for a batch whose rows use different adapters.
 
     >>> model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
-    >>> stack = LoRAStack(model, [LoRASettings(rank=2, target_modules=["0"]), LoRASettings(rank=4,
-    target_modules=["0"])])
+    >>> adapters = [LoRASettings(rank=rank, target_modules=["0"]) for rank in (2, 4)]
+    >>> stack = LoRAStack(model, adapters)
     >>> model(torch.randn(6, 12)).shape       # three rows for each
     torch.Size([6, 3])
     >>> with stack.rows([1, 0, 1]):           # or a number for each row

@@ -94,6 +94,10 @@ def spectrum(matrix: torch.Tensor) -> Spectrum:
 
     Raises:
         ValueError: fewer than two dimensions, a side of length 0, NaN or infinity.
+
+    >>> found = spectrum(torch.diag(torch.tensor([3.0, 4.0, 0.0])))
+    >>> found.values.tolist(), found.energy_kept().tolist()      # in falling order; of the squares
+    ([4.0, 3.0, 0.0], [0.0, 0.64, 1.0, 1.0])
     """
     if matrix.ndim < 2 or 0 in matrix.shape:
         raise ValueError(f"a tensor of shape {tuple(matrix.shape)} is no matrix: give (out_features, in_features), or "
@@ -175,6 +179,17 @@ def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str
         deltas: what `deltas(base, tuned)` returned, or `factor` of it where several ranks will be asked for.
         rank: 0 is W₀ itself; from the smaller side of a matrix on, its whole update.
         rest: whose biases, norms and embeddings: "base" or "tuned". There is no default, because it changes the answer.
+
+    Raises:
+        ValueError: a rest that is neither, a rank that is no whole number from 0.
+
+    Source: Eckart and Young (1936).
+
+    >>> from lora_edu import deltas
+    >>> base, tuned = nn.Sequential(nn.Linear(6, 4)), nn.Sequential(nn.Linear(6, 4))
+    >>> cut = truncate(base, deltas(base, tuned), rank=1, rest="base")
+    >>> torch.linalg.matrix_rank(cut[0].weight - base[0].weight).item()
+    1
     """
     if rest not in ("base", "tuned"):
         raise ValueError(f"rest={rest!r}: choose 'base' or 'tuned', whose biases, norms and embeddings the model shall "

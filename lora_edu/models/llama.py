@@ -152,6 +152,11 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Token ids (B, T) in, logits (B, T, vocab_size) out, in the dtype of the weights.
 
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    ...                      num_attention_heads=2, num_key_value_heads=1)
+    >>> Llama(config)(torch.zeros(3, 7, dtype=torch.long)).shape
+    torch.Size([3, 7, 50])
+
     A new model is random: normal with standard deviation 0.02, the two projections that write into the residual
     stream smaller by sqrt(2 · layers) (GPT-2's rule, so that depth does not raise the variance).
     """

@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from lora_edu.files import fetch, from_hub
 from lora_edu.models.llama import Llama
 
 FABLE = Path(__file__).parent / "fable"
@@ -13,7 +14,13 @@ BISTRO_ADAPTER = FABLE / "bistro_lora"      # trained by `python -m lora_edu.rec
 
 
 def best_device() -> torch.device:
-    """The fastest device here: CUDA, then Apple's MPS, then the CPU. The variable LORA_EDU_DEVICE overrules it."""
+    """The fastest device here: CUDA, then Apple's MPS, then the CPU. The variable LORA_EDU_DEVICE overrules it.
+
+    Raises RuntimeError, from torch, if the variable names no device.
+
+    >>> best_device().type in ("cuda", "mps", "cpu")
+    True
+    """
     asked = os.environ.get("LORA_EDU_DEVICE")
     if asked:
         return torch.device(asked)
@@ -23,7 +30,7 @@ def best_device() -> torch.device:
 
 
 def load_pretrained(name: str | Path = "fable", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tokenizer]:
-    """A model in eval mode on the CPU, and its tokenizer (`encode(text).ids`, `decode(ids)`).
+    """A model in eval mode on the CPU, and its tokenizer: a `tokenizers.Tokenizer`, from the hub one of transformers.
 
     Args:
         name: "fable" (in the package, offline), the path of a Hugging Face folder of a LLaMA, or a name on the hub
@@ -33,6 +40,12 @@ def load_pretrained(name: str | Path = "fable", dtype: torch.dtype = torch.float
     Raises:
         FileNotFoundError, ValueError: the folder is not complete, or its config is not supported.
         RuntimeError: a hub name, and transformers or the network is missing.
+
+    >>> model, tokenizer = load_pretrained("fable")
+    >>> sum(p.numel() for p in model.parameters())
+    3688704
+    >>> tokenizer.decode(tokenizer.encode("Once upon a time").ids)
+    'Once upon a time'
     """
     path = FABLE if name == "fable" else Path(name)
     if not path.is_dir():
@@ -50,11 +63,6 @@ def load_from_hub(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
     except ModuleNotFoundError:
         raise RuntimeError(f"{name!r} is neither 'fable' nor a folder, and loading it from the hub needs transformers: "
                            'pip install "lora-edu[hub]".') from None
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"{name!r} is neither 'fable' nor a folder, and the hub did not give it: check the spelling "
-                           "and the network, or download it and pass the folder "
-                           f"({str(error).splitlines()[0]})") from error
-    return model.eval(), tokenizer.backend_tokenizer
+    folder = fetch(name)
+    from_hub(name, ["*.json", "*.txt", "tokenizer.model"])      # what the tokenizer is made of lies beside the weights
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)

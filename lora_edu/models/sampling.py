@@ -1,10 +1,12 @@
 """One token after another: `stream` yields them as they come, `generate` hands them over at the end.
 
-Written for models that have `model(ids, cache)`, `new_cache()` and `config`; `Llama` takes both as its methods.
+For the course's `Llama`, which takes both as its methods, and for causal language models of transformers.
 """
 from collections.abc import Iterator
 
 import torch
+
+from lora_edu.models.bridge import context, reader
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int | None,
@@ -20,7 +22,7 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int | None,
 
 
 def check(model, ids: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
-    limit = model.config.max_position_embeddings
+    limit = context(model)
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids of shape {tuple(ids.shape)}: a prompt is (batch, time) with at least one token.")
     if ids.shape[1] + max_new_tokens > limit:
@@ -46,6 +48,7 @@ def stream(self, ids: torch.Tensor, max_new_tokens: int = 100, temperature: floa
         stop_token: a row that has said it goes on saying it.
         use_cache: False reads the whole text again at every step; slower, the same tokens.
     """
+    self = reader(self)
     check(self, ids, max_new_tokens, temperature, top_k)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
     cache = self.new_cache() if use_cache else None

@@ -13,11 +13,11 @@ from torch import nn
 
 from lora_edu.lora.inject import apply_lora, lora_layers, unfreeze_matrices
 from lora_edu.lora.merge import merge_lora, remove_lora
+from lora_edu.models.bridge import END, encode
 from lora_edu.rivals.bottleneck import apply_adapters
 from lora_edu.rivals.rival import refuse_adapted, trainable
 from lora_edu.rivals.virtual_tokens import apply_prefix, apply_prompt
 from lora_edu.training import bistro
-from lora_edu.training.corpora import END
 
 
 def add_biases(model: nn.Module) -> int:
@@ -78,7 +78,7 @@ def solved_cards(tokenizer, length: int = POSITIONS, seed: int = 0) -> torch.Ten
     """
     pairs = bistro.examples("train", 1 + length // 20, seed)
     text = END.join(f"{bistro.prompt(record)} {sentence}" for record, sentence in pairs)
-    return torch.tensor([tokenizer.encode(text).ids[:length]])
+    return torch.tensor([encode(tokenizer, text)[:length]])
 
 
 def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int = 76) -> dict[str, nn.Module]:

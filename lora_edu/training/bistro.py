@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_edu.training.corpora import Batch, completions, end_token
+from lora_edu.models.bridge import encode, end_token
+from lora_edu.training.corpora import Batch, completions
 
 Card = dict[str, str]
 SPLITS = ("train", "valid", "test")
@@ -117,7 +118,7 @@ def collate(tokenizer, pairs: list[tuple[Card, str]]) -> Batch:
     """
     end, rows = end_token(tokenizer), []
     for card, text in pairs:
-        before, after = tokenizer.encode(prompt(card)).ids, tokenizer.encode(" " + text).ids + [end]
+        before, after = encode(tokenizer, prompt(card)), encode(tokenizer, " " + text) + [end]
         rows.append((before + after[:-1], [-100] * (len(before) - 1) + after))
     width = max(len(ids) for ids, _ in rows)
     inputs = torch.tensor([ids + [end] * (width - len(ids)) for ids, _ in rows])

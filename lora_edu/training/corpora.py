@@ -14,18 +14,12 @@ from pathlib import Path
 
 import torch
 
+from lora_edu.models.bridge import END, encode, end_token
+from lora_edu.models.sampling import generate
+
 Batch = tuple[torch.Tensor, torch.Tensor]
-END = "<|endoftext|>"
 PIECE = 20_000          # characters encoded at once
 SHOW_PROGRESS = 5e6     # characters from which a progress bar is worth its line
-
-
-def end_token(tokenizer) -> int:
-    """The id of the end-of-text token."""
-    end = tokenizer.token_to_id(END)
-    if end is None:
-        raise ValueError(f"this tokenizer has no {END} token, which ends every text here: add it as a special token.")
-    return end
 
 
 def read_text(path: str | Path) -> str:
@@ -90,9 +84,7 @@ def tokenize(tokenizer, text: str) -> torch.Tensor:
     with tqdm(total=len(text), unit="char", unit_scale=True, desc="tokenize", disable=len(text) < SHOW_PROGRESS) as bar:
         for i in range(0, len(todo), 64):
             chunk = todo[i:i + 64]
-            encoded = iter(tokenizer.encode_batch([piece for piece in chunk if piece is not None],
-                                                  add_special_tokens=False))
-            ids = [token for piece in chunk for token in ([end] if piece is None else next(encoded).ids)]
+            ids = [token for piece in chunk for token in ([end] if piece is None else encode(tokenizer, piece))]
             done.append(torch.tensor(ids, dtype=torch.long))
             bar.update(sum(len(piece) for piece in chunk if piece is not None))
     return torch.cat(done)
@@ -138,14 +130,21 @@ def windows(tokens: torch.Tensor, length: int, batch_size: int = 16) -> list[Bat
     return list(zip(inputs.split(batch_size), targets.split(batch_size)))
 
 
+def _generate(model, ids: torch.Tensor, max_new_tokens: int, **how) -> torch.Tensor:
+    """A model without a config is a stranger that says for itself how it writes."""
+    return generate(model, ids, max_new_tokens, **how) if hasattr(model, "config") else model.generate(
+        ids, max_new_tokens, **how)
+
+
 def completions(model, tokenizer, prompts: list[str], batch_size: int = 64, max_new_tokens: int = 80) -> list[str]:
     """What the model writes after each prompt, up to its end-of-text token, the likeliest token at every step.
 
-    Prompts of one length go through together, so none is padded. `model` is a `Llama`, or an nn.Module with
-    `generate(ids, max_new_tokens, temperature=, stop_token=)` that returns prompt and new tokens, (B, T + new).
+    Prompts of one length go through together, so none is padded. `model` is a `Llama`, or a causal language model of
+    transformers with its tokenizer; or any nn.Module with `generate(ids, max_new_tokens, temperature=, stop_token=)`
+    that returns prompt and new tokens, (B, T + new).
     """
     end, device, was_training = end_token(tokenizer), next(model.parameters()).device, model.training
-    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
     texts = [""] * len(prompts)
     model.eval()
     try:
@@ -154,7 +153,7 @@ def completions(model, tokenizer, prompts: list[str], batch_size: int = 64, max_
             same = list(same)
             for rows in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
                 ids = torch.tensor([encoded[i] for i in rows], device=device)
-                out = model.generate(ids, max_new_tokens, temperature=0.0, stop_token=end)[:, length:].tolist()
+                out = _generate(model, ids, max_new_tokens, temperature=0.0, stop_token=end)[:, length:].tolist()
                 for i, new in zip(rows, out):
                     texts[i] = tokenizer.decode(new[:new.index(end)] if end in new else new).strip()
     finally:
@@ -175,5 +174,5 @@ def tales_from(model, tokenizer, n: int = 32, seed: int = 0, length: int = 256, 
                          "apply_lora.")
     base = copy.deepcopy(model).cpu().eval()
     start = torch.full((n, 1), end_token(tokenizer))
-    tokens = base.generate(start, length, temperature=1.0, seed=seed)          # (n, 1 + length)
+    tokens = _generate(base, start, length, temperature=1.0, seed=seed)          # (n, 1 + length)
     return list(zip(tokens[:, :-1].split(batch_size), tokens[:, 1:].split(batch_size)))

@@ -56,7 +56,19 @@ def loss_on(model: nn.Module, batch: Batch, reduction: str = "mean") -> torch.Te
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean loss in nats per token over all tokens that count, in eval mode; the model's mode is put back."""
+    """Mean loss in nats per token over all tokens that count, in eval mode; the model's mode is put back.
+
+    Args:
+        batches: (inputs, targets), token ids (B, T); targets are -100 where no loss counts.
+
+    Raises ValueError if no token counts.
+
+    >>> from lora_edu import load_pretrained
+    >>> from lora_edu.training import bistro
+    >>> model, tokenizer = load_pretrained()
+    >>> 4 < evaluate(model, bistro.heldout(tokenizer, 8)) < 5
+    True
+    """
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -106,6 +118,18 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
         max_grad_norm: gradients are scaled down to this norm where theirs is larger; None leaves them.
         autocast: torch.bfloat16 computes matrix products in 16 bits on a device that can; weights keep their dtype.
         first_step: go on from here (with the optimizer of the earlier part, and its batches left out).
+
+    Raises:
+        ValueError: nothing trains, or the batches end early.
+
+    Shapes: each batch is (inputs, targets), both (B, T), targets -100 where no loss counts.
+
+    >>> from lora_edu import apply_lora, load_pretrained
+    >>> from lora_edu.training import bistro
+    >>> model, tokenizer = load_pretrained()
+    >>> _ = apply_lora(model, rank=4)
+    >>> [step.step for step in train(model, bistro.batches(tokenizer, 2, batch_size=2), steps=2, lr=1e-2)]
+    [1, 2]
     """
     optimizer = optimizer or adamw(model)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -135,7 +159,17 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
 
 
 def fit(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, **how) -> list[Step]:
-    """`train` behind a progress bar. The stop button (KeyboardInterrupt) ends it and keeps what was learned."""
+    """`train` behind a progress bar. The stop button (KeyboardInterrupt) ends it and keeps what was learned.
+
+    Takes and raises what `train` does, and returns its steps; losses are nats per token.
+
+    >>> from lora_edu import apply_lora, load_pretrained
+    >>> from lora_edu.training import bistro
+    >>> model, tokenizer = load_pretrained()
+    >>> _ = apply_lora(model, rank=4)
+    >>> len(fit(model, bistro.batches(tokenizer, 2, batch_size=2), steps=2, lr=1e-2))
+    2
+    """
     from tqdm.auto import tqdm  # late: `import lora_edu` does not need it
     done: list[Step] = []
     with tqdm(total=steps, initial=how.get("first_step", 0), unit="step", leave=False) as bar:

@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 
 from lora_edu.files import write_text, write_whole
+from lora_edu.models.bridge import END
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import best_device
 from lora_edu.models.sizes import PRESETS
-from lora_edu.training.corpora import END, read_text, tokenize, windows
+from lora_edu.training.corpora import read_text, tokenize, windows
 from lora_edu.training.loop import adamw, evaluate, sixteen_bits, train, warmup_linear
 
 SHAPE = PRESETS["fable"].llama_config()

@@ -74,6 +74,17 @@ def sweep(model: nn.Module, grid: Iterable[LoRASettings], batches: Callable[[int
         ValueError: an empty grid, no steps or no held-out tokens; an adapter that does not fit the model, or alone
             needs more than `memory`; `out` holds another sweep, or no sweep. All before any training. And batches that
             end early.
+
+    Losses are nats per token. Source: as `LoRAStack`.
+
+    >>> from lora_edu import load_pretrained
+    >>> from lora_edu.training import bistro
+    >>> model, tokenizer = load_pretrained()
+    >>> grid = [LoRASettings(rank, 2 * rank, lr=lr) for rank in (1, 4) for lr in (4e-3, 8e-3)]
+    >>> table = sweep(model, grid, lambda seed: bistro.batches(tokenizer, 2, batch_size=2, seed=seed), steps=2,
+    ...               heldout=bistro.heldout(tokenizer, 4))
+    >>> [(run["rank"], run["trainable"]) for run in table][::2]
+    [(1, 19520), (4, 78080)]
     """
     from tqdm.auto import tqdm  # late: `import lora_edu` does not need it
     grid, heldout = list(grid), list(heldout)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_edu.lora.inject import unfreeze_matrices
+from lora_edu.models.bridge import vocabulary
 from lora_edu.models.pretrained import best_device, load_pretrained
 from lora_edu.training import bistro, corpora
 from lora_edu.training.corpora import Batch
@@ -108,7 +109,7 @@ def training_batches(tokenizer, task: str, steps: int, seed: int = 0, null: str 
         batches = mismatched(tokenizer, steps, seed, rows)
     else:
         batches = bistro.batches(tokenizer, steps, rows, seed)
-    return random_targets(batches, tokenizer.get_vocab_size(), seed) if null == "random_targets" else batches
+    return random_targets(batches, vocabulary(tokenizer), seed) if null == "random_targets" else batches
 
 
 def random_targets(batches: Iterator[Batch], vocab_size: int, seed: int = 0) -> Iterator[Batch]:

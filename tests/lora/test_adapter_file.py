@@ -99,3 +99,19 @@ def test_another_base_is_refused(saved):
     with pytest.raises(ValueError, match="another base"):
         load_adapter(model, saved)
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["transformers' Llama", "GPT-2"])
+def test_rslora_goes_both_ways(kind, tmp_path):
+    """Oracle: PEFT's logits, whoever wrote the files; alpha / sqrt(rank) is in the config and not folded into alpha."""
+    targets = ["c_attn"] if kind == "GPT-2" else ["q_proj", "down_proj"]
+    model = MODELS[kind]().eval()
+    assert apply_lora(model, targets, rank=4, alpha=6, rslora=True).scaling == 3
+    shake(model)
+    save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(MODELS[kind](), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = MODELS[kind]().eval()
+    assert load_adapter(back, tmp_path / "theirs").rslora
+    torch.testing.assert_close(logits(back), logits(model), rtol=1e-6, atol=1e-7)

@@ -293,3 +293,19 @@ def test_wrapping_twice_and_wrapping_other_layers_are_refused():
         LoRALinear.wrap(LoRALinear(12, 8))
     with pytest.raises(TypeError, match="Embedding.*nn.Linear"):
         LoRALinear.wrap(nn.Embedding(5, 4))
+
+
+def test_rslora_is_pefts():
+    """Oracle: PEFT's `use_rslora`, at a rank where alpha / rank and alpha / sqrt(rank) differ."""
+    base = linear()
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)),
+                                 peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_rslora=True))
+    ours = LoRALinear.wrap(base, rank=4, alpha=6, rslora=True)
+    nn.init.normal_(ours.lora_B)
+    layer = theirs.base_model.model[0]
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = ours.lora_A.data, ours.lora_B.data
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.scaling == layer.scaling["default"] == 3 and "rslora=True" in repr(ours)
+    ours.set_strength(0.5)
+    assert ours.scaling == 1.5

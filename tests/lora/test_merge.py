@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu import LoRALinear, apply_lora, lora_parameters, merge_lora, remove_lora, unmerge_lora
+from lora_edu import (LoRALinear, apply_lora, lora_off, lora_parameters, merge_lora, remove_lora, set_strength,
+                      unmerge_lora)
 from lora_edu.lora.adapter_file import save_adapter
 from lora_edu.lora.inject import lora_layers
 from lora_edu.lora.merge import MergeReport, Rounding
@@ -359,3 +360,40 @@ def test_the_report_displays_one_row_for_each_kind_of_layer_and_one_sentence():
 
 def test_remove_without_merge_has_nothing_to_report():
     assert remove_lora(adapted(), merge=False) is None
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("merged", [False, True])
+def test_off_is_the_base_bit_for_bit_and_on_again_what_it_was(kind, merged):
+    base, model = logits(MODELS[kind]().eval()), adapted(kind)
+    if merged:
+        merge_lora(model)
+    said = logits(model)
+    with lora_off(model):
+        assert torch.equal(logits(model), base)
+        with lora_off(model):
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), base), "the inner one leaves the outer one's off"
+    assert torch.equal(logits(model), said) and not torch.equal(said, base)
+    with pytest.raises(KeyError), lora_off(model):
+        raise KeyError
+    assert torch.equal(logits(model), said), "an error inside leaves it on"
+
+
+def test_off_is_the_base_even_where_a_factor_is_not_finite():
+    """PEFT's `disable_adapter` does the same; a strength of 0 would make 0 * nan."""
+    base, model = logits(our_llama()), adapted()
+    next(lora_layers(model))[1].lora_A.data[0, 0] = torch.nan
+    with lora_off(model):
+        assert torch.equal(logits(model), base)
+
+
+def test_strength_keeps_the_rule():
+    model = our_llama().eval()
+    apply_lora(model, rank=4, alpha=6, rslora=True)
+    shake(model)
+    full = logits(model)
+    set_strength(model, 0.0)
+    assert torch.equal(logits(model), logits(our_llama()))
+    set_strength(model, 1.0)
+    assert torch.equal(logits(model), full) and next(lora_layers(model))[1].scaling == 3

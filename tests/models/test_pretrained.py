@@ -1,4 +1,5 @@
 """load_pretrained: fable, folders, hub names; and best_device."""
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,8 @@ import transformers
 from tokenizers import Tokenizer
 
 from lora_edu import best_device, load_pretrained
-from lora_edu.models import pretrained
+from lora_edu.models.pretrained import FABLE
+from tests.hub import local_hub
 
 
 def test_fable_loads_offline_in_eval_mode_as_float32():
@@ -39,7 +41,7 @@ def test_fable_is_a_transformers_llama_too():
     x = torch.randint(2048, (2, 200), generator=torch.Generator().manual_seed(0))
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 2e-5)):
         ours, _ = load_pretrained("fable", dtype=dtype)
-        theirs = transformers.LlamaForCausalLM.from_pretrained(pretrained.FABLE, dtype=dtype).eval()
+        theirs = transformers.LlamaForCausalLM.from_pretrained(FABLE, dtype=dtype).eval()
         torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=tolerance)
 
 
@@ -67,21 +69,26 @@ def test_a_folder_loads_like_fable(tmp_path):
     assert isinstance(same, Tokenizer)
 
 
-def test_a_hub_name_goes_through_transformers(monkeypatch, tmp_path):
-    """The same calls as for a name, answered by a folder: no hub can be reached where tests run."""
+def test_a_hub_name_goes_through_transformers(tmp_path):
+    """A local server that answers like the hub, asked by a process of its own: its client reads the address once."""
     model, tokenizer = load_pretrained("fable")
-    model.save_folder(tmp_path)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer,
-                                         eos_token="<|endoftext|>").save_pretrained(tmp_path)
-    got, same = pretrained.load_from_hub(str(tmp_path), torch.float32)
-    assert isinstance(got, transformers.LlamaForCausalLM) and not got.training
-    assert same.encode("the king").ids == tokenizer.encode("the king").ids
+    folder = tmp_path / "hub" / "owner" / "fable"
+    model.save_folder(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    code = ("from lora_edu import load_pretrained; from lora_edu.models import bridge\n"
+            "model, tokenizer = load_pretrained('owner/fable')\n"
+            "print(type(model).__name__, model.training, bridge.encode(tokenizer, 'the king'), "
+            "bridge.end_token(tokenizer))")
+    with local_hub(tmp_path / "hub") as (endpoint, _):
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == f"LlamaForCausalLM False {tokenizer.encode('the king').ids} 0\n", done.stderr
 
 
 def test_a_name_that_is_nowhere_says_what_to_do(monkeypatch):
     # at once, and not after the hub client's retries
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RuntimeError, match="'no/such-model' is neither 'fable' nor a folder.*network"):
+    with pytest.raises(RuntimeError, match="'no/such-model' is neither a folder nor a file.*network"):
         load_pretrained("no/such-model")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RuntimeError, match=r'pip install "lora-edu\[hub\]"'):

@@ -9,8 +9,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lora_edu.course.figures.matrices import _array
-from lora_edu.course.page.show import (BLACK, BLUE, COLORS, GREY, LABELS, MARKERS, ORANGE, PURPLE, SKY, VERMILLION,
-                                       look, new_figure)
+from lora_edu.course.page.show import (
+    BLACK,
+    BLUE,
+    COLORS,
+    GREY,
+    LABELS,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    look,
+    new_figure,
+)
 
 MANY = 7          # more lines than this cannot be told apart
 # a log axis of singular values ends at this share of the largest: what lies below adds nothing to the energy
