@@ -26,7 +26,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
     """
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        where = read_index(index)
+        where = _read_index(index)
         outside = [name for name in where.values() if Path(name).name != name]
         if outside:
             raise ValueError(f"{index} names the file {outside[0]!r}: shards must lie in the folder itself.")
@@ -38,7 +38,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
     return dict.fromkeys(tensor_headers(single), single)
 
 
-def read_index(index: Path) -> dict[str, str]:
+def _read_index(index: Path) -> dict[str, str]:
     """The weight_map of an index: name of each tensor -> name of its file."""
     try:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])

@@ -127,7 +127,7 @@ class Deltas:
     def sort_tensors(self) -> None:
         conv1d = stores_conv1d(self.base.shapes)
         for name in dict.fromkeys([*self.base.names, *self.tuned.names]):
-            reason = no_difference(name, self.base, self.tuned)
+            reason = _no_difference(name, self.base, self.tuned)
             if reason:
                 self.without_difference[name] = reason
                 continue
@@ -224,7 +224,7 @@ def deltas(base: nn.Module | str | Path, tuned: nn.Module | str | Path) -> Delta
     return Deltas(base, tuned)
 
 
-def no_difference(name: str, base: Side, tuned: Side) -> str | None:
+def _no_difference(name: str, base: Side, tuned: Side) -> str | None:
     """Why these two sides have no difference under this name, or None if they have one."""
     for one, other in ((base, tuned), (tuned, base)):
         if name in one.tied and (name not in other.shapes or name in other.tied):
@@ -233,12 +233,12 @@ def no_difference(name: str, base: Side, tuned: Side) -> str | None:
         if name not in side.shapes:
             return f"only in the {said} model"
     if base.shapes[name] != tuned.shapes[name]:
-        return f"{spell(base.shapes[name])} became {spell(tuned.shapes[name])}"
+        return f"{_spell(base.shapes[name])} became {_spell(tuned.shapes[name])}"
     strange = [dtype for dtype in (base.dtype(name), tuned.dtype(name)) if dtype not in FLOATS]
     return f"{str(strange[0]).removeprefix('torch.')} numbers" if strange else None
 
 
-def spell(shape: tuple[int, ...]) -> str:
+def _spell(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 

@@ -95,7 +95,7 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
     >>> report.targets, round(report.energy, 4)
     (1, 1.0)
     """
-    check_wishes(rank, energy)
+    _check_wishes(rank, energy)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is no empty folder: give a new name, or remove it first.")
@@ -103,24 +103,24 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
     targets = [name for name, kind in pair.matrices.items() if kind in CARRIED]
     asked = f"rank={rank}"
     if rank is None:
-        rank = rank_for_energy(pair, targets, energy)
+        rank = _rank_for_energy(pair, targets, energy)
         asked = f"energy={energy:g} needs rank {rank}, which"
-    refuse_narrow(pair, targets, rank, asked)
-    factors, kept = factorize(pair, targets, rank)
+    _refuse_narrow(pair, targets, rank, asked)
+    factors, kept = _factorize(pair, targets, rank)
     change = pair.report()                  # reads the rest: what is broken there is found before anything is written
     if not kept:
         raise ValueError(f"no matrix of {pair.base.source} changed that an adapter could carry, so there is nothing to "
                          f"extract: are the two sides the same? {change.summary()}")
     modules = {name.removesuffix(".weight"): name for name in kept}
-    config = adapter_config(rank, rank, target_modules(list(modules), pair.base.module_names), source_name(base),
+    config = adapter_config(rank, rank, target_modules(list(modules), pair.base.module_names), _source_name(base),
                             any(pair.matrices[name] == CONV1D for name in kept))
     size = write_adapter(out, factors, config)
-    return ExtractReport(rank, {module: matrix_shape(pair, name) for module, name in modules.items()},
+    return ExtractReport(rank, {module: _matrix_shape(pair, name) for module, name in modules.items()},
                          {module: share(kept[name], pair.measured[name].squared) for module, name in modules.items()},
                          share(sum(kept.values()), change.squared), size, out, change)
 
 
-def check_wishes(rank: int | None, energy: float | None) -> None:
+def _check_wishes(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank}, energy={energy}: give exactly one of them, a rank such as 16 or a share of the "
                          "change such as 0.9.")
@@ -130,9 +130,9 @@ def check_wishes(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"energy={energy!r} is no share of the change: choose 0 < energy <= 1, for example 0.9.")
 
 
-def rank_for_energy(pair: Deltas, targets: list[str], energy: float) -> int:
+def _rank_for_energy(pair: Deltas, targets: list[str], energy: float) -> int:
     """The smallest rank at which all matrices together keep this share of their squared change."""
-    squares = torch.zeros(max((min(matrix_shape(pair, name)) for name in targets), default=1), dtype=torch.float64)
+    squares = torch.zeros(max((min(_matrix_shape(pair, name)) for name in targets), default=1), dtype=torch.float64)
     for name in _bar(targets, "singular values"):
         values = singular_values(pair, name)
         squares[:len(values)] += values.double().cpu().square()
@@ -145,18 +145,18 @@ def singular_values(pair: Deltas, name: str) -> torch.Tensor:
     return torch.linalg.svdvals(pair.delta(name).delta)
 
 
-def refuse_narrow(pair: Deltas, targets: list[str], rank: int, asked: str) -> None:
+def _refuse_narrow(pair: Deltas, targets: list[str], rank: int, asked: str) -> None:
     """Raise ValueError if a matrix that changed has a side shorter than the rank; only those that could are read."""
-    narrow = [name for name in targets if min(matrix_shape(pair, name)) < rank]
+    narrow = [name for name in targets if min(_matrix_shape(pair, name)) < rank]
     changed = [name for name in narrow if pair.subtract(name)[2].squared]
     if changed:
-        name = min(changed, key=lambda name: min(matrix_shape(pair, name)))
-        shape = matrix_shape(pair, name)
+        name = min(changed, key=lambda name: min(_matrix_shape(pair, name)))
+        shape = _matrix_shape(pair, name)
         raise ValueError(f"{asked} does not fit {name.removesuffix('.weight')}, which is {shape[0]} x {shape[1]} and "
                          f"changed: the largest rank that fits every matrix here is {min(shape)}.")
 
 
-def factorize(pair: Deltas, targets: list[str], rank: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def _factorize(pair: Deltas, targets: list[str], rank: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The factors of each matrix that changed, and the squared change that they keep: tensor name -> number."""
     factors, kept = {}, {}
     for name in _bar(targets, "extract"):
@@ -191,7 +191,7 @@ def best_part(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     return U[:, :rank], S[:rank], V[:, :rank].T
 
 
-def matrix_shape(pair: Deltas, name: str) -> tuple[int, int]:
+def _matrix_shape(pair: Deltas, name: str) -> tuple[int, int]:
     """(out, in) of a matrix, as `deltas` yields it."""
     shape = pair.base.shapes[name]
     rows, columns = shape[0], math.prod(shape[1:])
@@ -207,5 +207,5 @@ def share(part: float, whole: float) -> float:
     return min(part / whole, 1.0)       # a rounding error may put it above
 
 
-def source_name(source: nn.Module | str | Path) -> str | None:
+def _source_name(source: nn.Module | str | Path) -> str | None:
     return (getattr(source, "name_or_path", None) or None) if isinstance(source, nn.Module) else str(source)

@@ -31,20 +31,20 @@ def kind_of(name: str, shape: tuple[int, ...], layer: nn.Module | None, conv1d: 
     rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, 1)
     if "bias" in last:
         return "bias"
-    if is_embedding(holder, last, shape, layer):
+    if _is_embedding(holder, last, shape, layer):
         return "embedding"
     if min(rows, columns) < 2:
         return "norm" if NORM.fullmatch(holder) or "Norm" in type(layer).__name__ else "vector"
     if last != "weight" or not holder:
         return LOOSE if len(shape) == 2 else f"stack of matrices ({len(shape)} axes)"
     if layer is not None:
-        return kind_of_layer(layer, len(shape))
+        return _kind_of_layer(layer, len(shape))
     if len(shape) > 2:
         return CONVOLUTION
     return CONV1D if conv1d and holder in GPT2_NAMES else LINEAR
 
 
-def is_embedding(holder: str, last: str, shape: tuple[int, ...], layer: nn.Module | None) -> bool:
+def _is_embedding(holder: str, last: str, shape: tuple[int, ...], layer: nn.Module | None) -> bool:
     if len(shape) < 2 or isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         return len(shape) > 1
     # a loose tensor: "position_embedding", "embedding.embeddings"
@@ -53,7 +53,7 @@ def is_embedding(holder: str, last: str, shape: tuple[int, ...], layer: nn.Modul
     return layer is None and len(shape) == 2 and bool(EMBEDDING.fullmatch(holder))
 
 
-def kind_of_layer(layer: nn.Module, axes: int) -> str:
+def _kind_of_layer(layer: nn.Module, axes: int) -> str:
     if is_conv1d(layer):
         return CONV1D
     if isinstance(layer, _ConvTransposeNd):

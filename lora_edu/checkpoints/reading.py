@@ -29,7 +29,7 @@ class TensorsInMemory:
         self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         self.modules = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
         self.module_names = list(self.modules) or parents(self.names)
-        self.tied = same_storage(tensors)
+        self.tied = _same_storage(tensors)
 
     def get(self, name: str) -> torch.Tensor:
         if self.tensors[name].is_meta:
@@ -50,7 +50,7 @@ class TensorsInFiles:
     def __init__(self, source: str, where: Mapping[str, Path], config: Mapping):
         self.source, self.where, self.names = source, where, list(where)
         self.files = list(dict.fromkeys(where.values()))
-        headers = read_headers(where)
+        headers = _read_headers(where)
         self.shapes = {name: shape for name, (shape, _) in headers.items()}
         self.dtypes = {name: FLOATS.get(dtype, dtype) for name, (_, dtype) in headers.items()}
         self.module_names = parents(self.names)
@@ -89,15 +89,15 @@ def open_side(source: nn.Module | str | Path) -> Side:
     path, said = locate(source), str(source)
     if path.is_file():
         if path.suffix in PICKLED:
-            return TensorsInMemory(said, load_pickled(path), files=[path])
+            return TensorsInMemory(said, _load_pickled(path), files=[path])
         return TensorsInFiles(said, dict.fromkeys(tensor_headers(path), path), read_config(path.parent))
     old = sorted(path.glob("pytorch_model*.bin"))
     if old and not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return TensorsInMemory(said, {name: t for file in old for name, t in load_pickled(file).items()}, files=old)
+        return TensorsInMemory(said, {name: t for file in old for name, t in _load_pickled(file).items()}, files=old)
     return TensorsInFiles(said, tensor_files(path), read_config(path))
 
 
-def load_pickled(file: Path) -> dict[str, torch.Tensor]:
+def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of an old file, read by the loader that builds nothing but tensors; anything else in it is
     refused.
     """
@@ -114,7 +114,7 @@ def load_pickled(file: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def read_headers(where: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+def _read_headers(where: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     headers = {}
     for file in dict.fromkeys(where.values()):
         if not file.is_file():
@@ -134,7 +134,7 @@ def read_config(folder: Path) -> Mapping:
 
 
 
-def same_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _same_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Second name -> first name of each tensor that has two."""
     first, tied = {}, {}
     for name, t in tensors.items():

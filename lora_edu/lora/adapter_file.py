@@ -124,7 +124,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAReport:
     report = apply_lora(model, config["target_modules"], config.get("r", 8), config.get("lora_alpha", 8),
                         config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
     places = lora_state_dict(model)
-    wrong = describe_misfit(stored, places)
+    wrong = _describe_misfit(stored, places)
     if wrong:
         remove_lora(model, merge=False)
         raise ValueError(f"the adapter in {folder} does not fit this model: {wrong}. It was made for another base or "
@@ -134,7 +134,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAReport:
     return report
 
 
-def describe_misfit(stored: dict, places: dict) -> str:
+def _describe_misfit(stored: dict, places: dict) -> str:
     missing, extra = [n for n in places if n not in stored], [n for n in stored if n not in places]
     shapes = [n for n in places if n in stored and stored[n].shape != places[n].shape]
     said = [f"{len(names)} tensors {what} (first: {names[0]})" for names, what in

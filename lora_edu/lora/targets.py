@@ -18,7 +18,7 @@ def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules
     """Names of the linear layers that `target_modules` asks for, in the model's order."""
     if isinstance(target_modules, str):
         if target_modules.lower() == "all-linear":
-            head = output_head(model, linears)
+            head = _output_head(model, linears)
             found = [name for name in linears if name != head]
             if not found:
                 raise ValueError(f"'all-linear' leaves out the output head {head!r}, and it is the only linear layer: "
@@ -28,7 +28,7 @@ def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules
         if not found:
             raise ValueError(f"target_modules={target_modules!r} is read as a regular expression for whole names and "
                              f"matches no linear layer: the model has {shorten(list(linears))}. "
-                             f"{near_misses(target_modules, linears)}".rstrip())
+                             f"{_near_misses(target_modules, linears)}".rstrip())
         return found
     entries = list(target_modules)
     if not entries:
@@ -36,7 +36,7 @@ def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules
                          "'all-linear'.")
     for entry in entries:
         if not any(ends_in(name, entry) for name in linears):
-            raise ValueError(f"target_modules entry {entry!r} matches no linear layer. {near_misses(entry, linears)}")
+            raise ValueError(f"target_modules entry {entry!r} matches no linear layer. {_near_misses(entry, linears)}")
     return [name for name in linears if any(ends_in(name, entry) for entry in entries)]
 
 
@@ -44,7 +44,7 @@ def ends_in(name: str, entry: str) -> bool:
     return name == entry or name.endswith("." + entry)
 
 
-def near_misses(entry: str, linears: dict[str, nn.Module]) -> str:
+def _near_misses(entry: str, linears: dict[str, nn.Module]) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
     close = difflib.get_close_matches(entry, endings, n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"The endings here are {shorten(endings)}."
@@ -54,7 +54,7 @@ def shorten(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def output_head(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
+def _output_head(model: nn.Module, linears: dict[str, nn.Module]) -> str | None:
     """The layer that makes the outputs: what a transformers model says it is, else the linear layer registered last."""
     said = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if said is not None:

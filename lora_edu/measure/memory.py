@@ -139,7 +139,7 @@ class _Block:
             self.keep(self.full, f"{which} norm: normalised", "N·C", N * C)
 
 
-def kept_outside(sizes: Sizes, batch: int, length: int, full: bool, act: int = 4) -> list[Kept]:
+def _kept_outside(sizes: Sizes, batch: int, length: int, full: bool, act: int = 4) -> list[Kept]:
     """What is kept beside the blocks: positions, the last norm, the loss."""
     N, C = batch * length, sizes.hidden
     rows = [Kept("loss: log-probabilities", "N·V", N * sizes.vocab, 4), Kept("loss: targets", "N", N, 8),
@@ -218,7 +218,7 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
     if checkpointing:
         again = sum(row.bytes for row in blocks[1])
         blocks = [[Kept("input of the block", "N·C", N * sizes.hidden, act)]] * 2
-    tensors = [(1, row) for row in (*kept_outside(sizes, batch, length, full, act), *blocks[0])]
+    tensors = [(1, row) for row in (*_kept_outside(sizes, batch, length, full, act), *blocks[0])]
     tensors += [(sizes.layers - 1, row) for row in blocks[1] if sizes.layers > 1]
     parts["activations"] = sum(times * row.bytes for times, row in tensors)
     parts["temporary"] = max(N * sizes.vocab * (act + 4), again)

@@ -57,7 +57,7 @@ def numerics(weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype, x: t
     delta = delta.to(wide)
     merged = rounded_sum(w, delta)
     apart = ((x @ w.T).to(wide) + x.to(wide) @ delta.T).to(dtype)
-    difference = distance(apart, x @ merged.T)
+    difference = _distance(apart, x @ merged.T)
     if not math.isfinite(difference):
         raise ValueError(f"the outputs leave the range of {dtype} (largest: {torch.finfo(dtype).max:.4g}): give "
                          "smaller inputs x.")
@@ -65,7 +65,7 @@ def numerics(weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype, x: t
     return Numerics(dtype, lost.size, difference, lost.rounded_away, lost.error)
 
 
-def distance(start: torch.Tensor, end: torch.Tensor) -> float:
+def _distance(start: torch.Tensor, end: torch.Tensor) -> float:
     """‖end - start‖ / ‖start‖, 0 where nothing changed."""
     both = Rounding.of(start, torch.zeros_like(start), end)
     return both.off / both.weight if both.off else 0.0
@@ -118,4 +118,4 @@ def drift(weight: torch.Tensor, deltas: Iterable[torch.Tensor], dtype: torch.dty
         check(weight, delta, dtype)
         merged = rounded_sum(now, delta.to(dtype))
         now = now if keep_base else rounded_sum(merged, -delta.to(dtype))
-    return float((now != start).sum()) / now.numel(), distance(start, now)
+    return float((now != start).sum()) / now.numel(), _distance(start, now)

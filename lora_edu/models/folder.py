@@ -24,7 +24,7 @@ def read_config(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path} has no config.json: give the folder of a LLaMA model in Hugging Face's "
                                 "format.")
     raw = read_json(file, "the config.json of a LLaMA model")
-    refuse_unsupported(raw, file)
+    _refuse_unsupported(raw, file)
     missing = [key for key in SIZES if key not in raw]
     if missing:
         raise ValueError(f"{file} does not say {', '.join(missing)}: it is not the config of a LLaMA model.")
@@ -40,7 +40,7 @@ def read_config(path: str | Path) -> dict:
     }
 
 
-def refuse_unsupported(raw: Mapping, file: Path) -> None:
+def _refuse_unsupported(raw: Mapping, file: Path) -> None:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     found = [said for wrong, said in [

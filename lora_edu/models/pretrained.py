@@ -49,7 +49,7 @@ def load_pretrained(name: str | Path = "fable", dtype: torch.dtype = torch.float
     """
     path = FABLE if name == "fable" else Path(name)
     if not path.is_dir():
-        return load_from_hub(str(name), dtype)
+        return _load_from_hub(str(name), dtype)
     model = Llama.from_folder(path, dtype)
     file = path / "tokenizer.json"
     if not file.is_file():
@@ -57,7 +57,7 @@ def load_pretrained(name: str | Path = "fable", dtype: torch.dtype = torch.float
     return model, Tokenizer.from_file(str(file))
 
 
-def load_from_hub(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
+def _load_from_hub(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:

@@ -9,7 +9,7 @@ import torch
 from lora_edu.models.bridge import context, reader
 
 
-def pick(logits: torch.Tensor, temperature: float, top_k: int | None,
+def _pick(logits: torch.Tensor, temperature: float, top_k: int | None,
          generator: torch.Generator | None) -> torch.Tensor:
     """The next token of each row: logits (B, vocab) -> ids (B,). Temperature 0 takes the likeliest."""
     if temperature == 0:
@@ -57,7 +57,7 @@ def stream(self, ids: torch.Tensor, max_new_tokens: int = 100, temperature: floa
     for _ in range(max_new_tokens):
         with torch.no_grad():       # inside the loop: a generator must not leave gradients off between its yields
             logits = self(new if use_cache else ids, cache)[:, -1]
-        token = pick(logits, temperature, top_k, generator)
+        token = _pick(logits, temperature, top_k, generator)
         if stop_token is not None:
             token = token.masked_fill(done, stop_token)
             done |= token == stop_token

@@ -35,7 +35,7 @@ NAMES = (
     "Fiddle",
     "Robin", "Candle")
 FOODS = ("French", "Indian", "Greek", "Spanish", "Chinese", "Turkish", "Russian", "Dutch")
-# slot -> value -> the ways to say it. The words after the verb say this value and no other (`said_by` reads them so).
+# slot -> value -> the ways to say it. The words after the verb say this value and no other (`_said_by` reads them so).
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     "food": {food: (f"serves {food} food", f"cooks {food} dishes", f"offers {food} meals") for food in FOODS},
     "price": {"cheap": ("is cheap", "has low prices"),
@@ -57,7 +57,7 @@ TEMPLATES = (   # the order of the slots belongs to the template
 )
 
 
-def split_of(card: Card) -> str:
+def _split_of(card: Card) -> str:
     """The split of a card, fixed by its name, food and area together: no such triple is in two splits.
 
     A tenth of the triples is "test", a tenth "valid". Every name occurs in all three, in other company.
@@ -75,7 +75,7 @@ def stream(split: str, seed: int) -> Iterator[tuple[Card, random.Random]]:
         dropped = rng.sample(SLOTS[1:], rng.randint(0, 2))
         card = {"name": rng.choice(NAMES)} | {slot: rng.choice(list(values)) for slot, values in PHRASES.items()}
         card = {slot: value for slot, value in card.items() if slot not in dropped}
-        if split_of(card) == split:
+        if _split_of(card) == split:
             yield card, rng
 
 
@@ -146,14 +146,14 @@ def write(model, tokenizer, cards: list[Card], batch_size: int = 64, max_new_tok
     return completions(model, tokenizer, [prompt(card) for card in cards], batch_size, max_new_tokens)
 
 
-def said_by(slot: str) -> dict[str, str]:
+def _said_by(slot: str) -> dict[str, str]:
     """The words that say a slot -> the value they say. Names and foods say themselves."""
     if slot in ("name", "food"):
         return {word: word for word in (NAMES if slot == "name" else FOODS)}
     return {phrase.split(" ", 1)[1]: value for value, phrases in PHRASES[slot].items() for phrase in phrases}
 
 
-WORDS = {slot: said_by(slot) for slot in SLOTS}
+WORDS = {slot: _said_by(slot) for slot in SLOTS}
 PATTERNS = {slot: re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b") for slot, words in WORDS.items()}
 
 
@@ -184,10 +184,10 @@ def slot_accuracy(texts: list[str], cards: list[Card]) -> SlotScore:
     """
     if len(texts) != len(cards) or not cards:
         raise ValueError(f"{len(texts)} texts for {len(cards)} cards: give one text for each card, and at least one.")
-    return score([slots_said(text) for text in texts], cards)
+    return _score([slots_said(text) for text in texts], cards)
 
 
-def score(said: list[Card], given: list[Card]) -> SlotScore:
+def _score(said: list[Card], given: list[Card]) -> SlotScore:
     right = [{slot: s.get(slot) == g.get(slot) for slot in SLOTS if slot in s or slot in g}
              for s, g in zip(said, given)]
     shares = [sum(r.values()) / len(r) for r in right]
@@ -208,5 +208,5 @@ def floor(cards: list[Card]) -> dict[str, SlotScore]:
     values = {slot: Counter(r[slot] for r in cards if slot in r) for slot in SLOTS}
     constant = {slot: counts.most_common(1)[0][0] for slot, counts in values.items() if counts}
     pairs = [(said, given) for i, given in enumerate(cards) for j, said in enumerate(cards) if i != j]
-    return {"constant": score([constant] * len(cards), cards),
-            "random": score([said for said, _ in pairs], [given for _, given in pairs])}
+    return {"constant": _score([constant] * len(cards), cards),
+            "random": _score([said for said, _ in pairs], [given for _, given in pairs])}

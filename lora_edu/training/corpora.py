@@ -90,7 +90,7 @@ def tokenize(tokenizer, text: str) -> torch.Tensor:
     return torch.cat(done)
 
 
-def require(tokens: torch.Tensor, length: int) -> None:
+def _require(tokens: torch.Tensor, length: int) -> None:
     if tokens.ndim != 1 or length < 1 or len(tokens) < length + 1:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)} hold no window of {length}: give one row of at least "
                          f"{max(length, 1) + 1} tokens, or choose a shorter window.")
@@ -103,7 +103,7 @@ def packed_batches(tokens: torch.Tensor, length: int, batch_size: int, seed: int
     One pass takes every window once in a shuffled order; each pass starts at another offset, so window borders move.
     The same seed gives the same batches, on every device.
     """
-    require(tokens, length)
+    _require(tokens, length)
     generator = torch.Generator().manual_seed(seed)
     starts, made = torch.empty(0, dtype=torch.long), 0
     while steps is None or made < steps:
@@ -122,7 +122,7 @@ def windows(tokens: torch.Tensor, length: int, batch_size: int = 16) -> list[Bat
 
     The last window is filled up, with -100 as its targets.
     """
-    require(tokens, length)
+    _require(tokens, length)
     rows = -(-(len(tokens) - 1) // length)
     missing = rows * length - (len(tokens) - 1)
     inputs = torch.cat([tokens[:-1], tokens.new_zeros(missing)]).view(rows, length).long()

@@ -42,7 +42,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, characters_each: int = 9_
     return tokenizer
 
 
-def window_lengths(steps: int, longest: int) -> list[int]:
+def _window_lengths(steps: int, longest: int) -> list[int]:
     """Short windows first (attention over them costs less), the full context for the last third of the steps."""
     return [longest // 2 if step < steps * 2 // 3 else longest for step in range(steps)]
 
@@ -54,7 +54,7 @@ def reading_order(sizes: list[int], shares: list[float], steps: int, longest: in
     """
     generator = torch.Generator().manual_seed(seed)
     waiting: dict[tuple[int, int], list[int]] = {}
-    for length in window_lengths(steps, longest):
+    for length in _window_lengths(steps, longest):
         rows = TOKENS_A_STEP // length
         batch = []
         for text in torch.multinomial(torch.tensor(shares), rows, replacement=True, generator=generator).tolist():
@@ -73,12 +73,12 @@ def batches(tokens: list[torch.Tensor], order):
         yield rows[:, :-1], rows[:, 1:]
 
 
-def save_checkpoint(file: Path, model: Llama, optimizer, step: int, curve: list) -> None:
+def _save_checkpoint(file: Path, model: Llama, optimizer, step: int, curve: list) -> None:
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}
     write_whole(file, lambda part: torch.save(content, part))
 
 
-def go_on(file: Path, model: Llama, optimizer, device, steps: int) -> tuple[int, list]:
+def _go_on(file: Path, model: Llama, optimizer, device, steps: int) -> tuple[int, list]:
     """Steps done and the curve so far, from a checkpoint if there is one; model and optimizer are put back to it."""
     if not file.exists():
         return 0, []
@@ -107,7 +107,7 @@ def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6
     model = Llama(config).to(device)
     optimizer = adamw(model, weight_decay=0.1, betas=(0.9, 0.98))
     checkpoint = folder / "checkpoint.pt"
-    first, curve = go_on(checkpoint, model, optimizer, device, steps)
+    first, curve = _go_on(checkpoint, model, optimizer, device, steps)
     order = reading_order([len(t) for t in data], list(texts.values()), steps, config.max_position_embeddings, seed)
     order = itertools.islice(order, first, None)      # what an earlier call has read is not read again
 
@@ -123,19 +123,19 @@ def pretrain(texts: dict[str, float], valid: str, out: str, tokens: float = 30e6
             curve.append([done.step * TOKENS_A_STEP, round(loss, 4), round(evaluate(model, few), 4)])
             tqdm.write("tokens {:,}  train {:.3f}  valid (a sample) {:.3f}".format(*curve[-1]))
         if done.step % CHECKPOINT_EVERY == 0:
-            save_checkpoint(checkpoint, model, optimizer, done.step, curve)
+            _save_checkpoint(checkpoint, model, optimizer, done.step, curve)
 
     final = evaluate(model, held_out)
     model.save_folder(folder, dtype=torch.bfloat16)
     counted = sum((targets != -100).sum().item() for _, targets in held_out)
     how = {"tokens": steps * TOKENS_A_STEP, "steps": steps, "lr": lr, "seed": seed, "device": str(device),
            "shares": {Path(file).name: share for file, share in texts.items()}}
-    write_report(folder / "curve.json", how, final, counted / held_out_bytes, curve)
+    _write_report(folder / "curve.json", how, final, counted / held_out_bytes, curve)
     checkpoint.unlink(missing_ok=True)
     return final
 
 
-def write_report(file: Path, how: dict, final: float, tokens_a_byte: float, curve: list) -> None:
+def _write_report(file: Path, how: dict, final: float, tokens_a_byte: float, curve: list) -> None:
     report = how | {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
                     "valid_nats_per_token": round(final, 4),
                     "valid_bits_per_byte": round(final * tokens_a_byte / math.log(2), 4),

@@ -9,8 +9,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu import (LoRALinear, apply_lora, lora_off, lora_parameters, merge_lora, remove_lora, set_strength,
-                      unmerge_lora)
+from lora_edu import (
+    LoRALinear,
+    apply_lora,
+    lora_off,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    set_strength,
+    unmerge_lora,
+)
 from lora_edu.lora.adapter_file import save_adapter
 from lora_edu.lora.inject import lora_layers
 from lora_edu.lora.merge import MergeReport, Rounding

@@ -68,7 +68,7 @@ def check_texts(answers: dict[str, str | None]) -> Verdict:
 
 
 @functools.cache
-def sums_by_dial() -> dict[float, float]:
+def _sums_by_dial() -> dict[float, float]:
     """Exercise 0.4: loss on restaurants plus loss on tales at each setting, on data that the notebook does not show."""
     model, tokenizer = load_pretrained("fable")
     tales = corpora.tales_from(model, tokenizer, n=8, length=128, seed=7)
@@ -83,6 +83,6 @@ def sums_by_dial() -> dict[float, float]:
 
 def check_dial(choice: float | None) -> Verdict:
     """Exercise 0.4: scored by the sum of the two losses; within 0.1 nats of the best passes."""
-    return check_decision("0.4", choice, {} if choice is None else sums_by_dial(), within=0.1,
+    return check_decision("0.4", choice, {} if choice is None else _sums_by_dial(), within=0.1,
                           unit="nats per token in all", because="the middle keeps most of one job and costs little of "
                           "the other.")

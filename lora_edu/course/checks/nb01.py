@@ -66,7 +66,7 @@ def check_fold(student) -> Verdict:
     return check("1.4", student, cases=cases, oracle=oracle, hint=hint)
 
 
-def fresh(W: torch.Tensor, rank: int, a: float, b: float, seed: int = 0) -> LoRALinear:
+def _fresh(W: torch.Tensor, rank: int, a: float, b: float, seed: int = 0) -> LoRALinear:
     """A layer over a copy of W whose factors are normal with standard deviations a and b."""
     layer = LoRALinear.wrap(nn.Linear(W.shape[1], W.shape[0], bias=False), rank, 2 * rank)
     layer.weight.data = W.detach().clone()
@@ -80,7 +80,8 @@ def mystery_curves(W: torch.Tensor) -> dict[str, list[tuple[int, float]]]:
     """Four trainings on one teacher; three have something wrong."""
     x, y = teacher(W, hidden_rank=4, n=256, seed=0)
     made = {"P": (0.1, 0.3, 0.02), "Q": (0.0, 0.0, 0.02), "R": (0.1, 0.0, 0.02), "S": (0.1, 0.0, 0.4)}
-    return {name: list(enumerate(learn(fresh(W, 4, a, b), x, y, steps=40, lr=lr))) for name, (a, b, lr) in made.items()}
+    return {name: list(enumerate(learn(_fresh(W, 4, a, b), x, y, steps=40, lr=lr))) for name,
+            (a, b, lr) in made.items()}
 
 
 def check_mystery(answers: dict[str, str | None]) -> Verdict:
@@ -102,7 +103,7 @@ def errors_by_rank() -> tuple[list[float], list[float]]:
     x, y = teacher(W, hidden_rank=8, n=2120, seed=1, noise=0.5)
     seen, unseen = [], []
     for rank in RANKS:
-        layer = fresh(W, rank, a=0.1, b=0.0)
+        layer = _fresh(W, rank, a=0.1, b=0.0)
         seen.append(learn(layer, x[:120], y[:120], steps=400, lr=0.01)[-1])
         with torch.no_grad():
             unseen.append(((layer(x[120:]) - y[120:]) ** 2).mean().item())

@@ -14,7 +14,7 @@ CAUSES = {"P": ("python_docs", None), "Q": ("bistro", "mismatched"), "R": ("bist
           "S": ("bistro", None)}
 
 
-def _is(got, want, atol: float = 1e-6) -> bool:
+def equals(got, want, atol: float = 1e-6) -> bool:
     """Does an answer equal this wrong one?"""
     want = torch.as_tensor(want, dtype=torch.float64)
     return isinstance(got, torch.Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=atol)
@@ -29,19 +29,19 @@ def check_energy_kept(student) -> Verdict:
         return (torch.linalg.matrix_norm(cut) / torch.linalg.matrix_norm(whole)).item() ** 2
 
     def hint(got, want, sigma, rank):
-        if _is(got, 100 * want):
+        if equals(got, 100 * want):
             return "right, but in per cent: give a share, where 1 is everything."
-        if _is(got, sigma[:rank].sum() / sigma.sum()):
+        if equals(got, sigma[:rank].sum() / sigma.sum()):
             return "energy is in the squares of the singular values."
-        if _is(got, want**0.5):
+        if equals(got, want**0.5):
             return "that is the share of the norm; energy is its square."
-        if _is(got, 1 - want):
+        if equals(got, 1 - want):
             return "that is what is lost, not what is kept."
-        if _is(got, sigma[:rank].square().sum()):
+        if equals(got, sigma[:rank].square().sum()):
             return "that is the energy kept; divide by all of it."
-        if _is(got, oracle(sigma, max(rank - 1, 0))):
+        if equals(got, oracle(sigma, max(rank - 1, 0))):
             return "one direction is missing: sigma[:rank] holds the first `rank` of them."
-        if _is(got, oracle(sigma, rank + 1)):
+        if equals(got, oracle(sigma, rank + 1)):
             return "one direction too many: sigma[:rank] holds the first `rank` of them."
 
     cases = [(torch.tensor([3.0, 2.0, 1.0]), 2), (torch.tensor([5.0, 4.0, 1.0, 0.5, 0.1]), 1),
@@ -56,15 +56,15 @@ def check_truncated(student) -> Verdict:
         return sum(S[i] * torch.outer(U[:, i], Vh[i]) for i in range(rank))
 
     def hint(got, want, U, S, Vh, rank):
-        if _is(got, want.T):
+        if equals(got, want.T):
             return "transposed: U comes first, and the shape is (out_features, in_features)."
-        if _is(got, U * S @ Vh):
+        if equals(got, U * S @ Vh):
             return "that is the whole matrix: keep the first `rank` columns of U, values of S and rows of Vh."
-        if _is(got, U[:, :rank] @ Vh[:rank]):
+        if equals(got, U[:, :rank] @ Vh[:rank]):
             return "the singular values are missing: scale each column of U by its own."
-        if _is(got, U[:, :rank] * S[:rank].sqrt() @ Vh[:rank]):
+        if equals(got, U[:, :rank] * S[:rank].sqrt() @ Vh[:rank]):
             return "each singular value belongs in whole, not as its square root."
-        if _is(got, U[:, -rank:] * S[-rank:] @ Vh[-rank:]):
+        if equals(got, U[:, -rank:] * S[-rank:] @ Vh[-rank:]):
             return "those are the smallest directions: the largest come first."
 
     def svd(matrix):
@@ -85,13 +85,13 @@ def check_effective_rank(student) -> Verdict:
     def hint(got, want, sigma):
         if isinstance(got, torch.Tensor) and got.isnan().any():
             return "nan: 0 log 0 counts as 0 here; leave out the zeros, or use torch.special.entr."
-        if _is(got, math.log(want)):
+        if equals(got, math.log(want)):
             return "that is the entropy; the effective rank is exp of it."
-        if _is(got, effective(sigma.tolist())):
+        if equals(got, effective(sigma.tolist())):
             return "the shares are those of the energy: square the singular values first."
-        if _is(got, 2 ** math.log(want)) or _is(got, math.exp(math.log2(want))):
+        if equals(got, 2 ** math.log(want)) or equals(got, math.exp(math.log2(want))):
             return "log and exp must have the same base."
-        if _is(got, 1 / want):
+        if equals(got, 1 / want):
             return "a sign is missing: the entropy is minus the sum of p log p."
 
     cases = [(torch.tensor([3.0, 2.0, 1.0]),), (torch.ones(4),), (torch.tensor([2.0, 1.0, 0.5, 0.0, 0.0]),),

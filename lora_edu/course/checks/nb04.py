@@ -4,8 +4,8 @@ import math
 import torch
 
 from lora_edu.course.checks.nb01 import randn
-from lora_edu.course.checks.nb03 import _is
-from lora_edu.course.page.exercises import Verdict, _say, check, check_decision, check_match
+from lora_edu.course.checks.nb03 import equals
+from lora_edu.course.page.exercises import Verdict, check, check_decision, check_match, say
 from lora_edu.course.records.stored import load_record
 from lora_edu.lora.settings import LoRASettings
 
@@ -30,7 +30,7 @@ def check_scaling(student) -> Verdict:
         every = [(alpha * rank, "alpha is divided by the rank, not multiplied."),
                  (alpha, "that is alpha, not yet divided."),
                  (1 / want, "upside down: alpha is above the line.")]
-        return next((f"{rule}: {text}" for wrong, text in slips[rule] + every if _is(got, wrong)), None)
+        return next((f"{rule}: {text}" for wrong, text in slips[rule] + every if equals(got, wrong)), None)
 
     cases = [(4, 3.0, "2r"), (8, 3.0, "fixed"), (16, 3.0, "rslora"), (1, 5.0, "2r"), (2, 5.0, "fixed"),
              (3, 5.0, "rslora")]
@@ -114,14 +114,14 @@ def check_stacked(student) -> Verdict:
 
     def hint(got, want, x, lora_A, lora_B, scaling):
         ones = torch.ones_like(scaling)
-        if _is(got, oracle(x, lora_A, lora_B, ones)):
+        if equals(got, oracle(x, lora_A, lora_B, ones)):
             return "the scaling is missing."
-        if got.shape == want.shape and any(_is(got, oracle(x, lora_A, lora_B, ones) * wrong)
+        if got.shape == want.shape and any(equals(got, oracle(x, lora_A, lora_B, ones) * wrong)
                                            for wrong in _misplaced(scaling, want.shape)):
             return "the scaling lines up with the wrong axis: give it the shape (G, 1, 1)."
-        if _is(got, want.sum(0)):
+        if equals(got, want.sum(0)):
             return "the adapters are added up: each group has its own, the result is (G, N, out)."
-        if _is(got, torch.stack([rows @ lora_A[0].T @ lora_B[0] * scaling[0] for rows in x])):
+        if equals(got, torch.stack([rows @ lora_A[0].T @ lora_B[0] * scaling[0] for rows in x])):
             return "every group got the first adapter."
 
     cases = [(randn(2, 5, 3), randn(2, 4, 3), randn(2, 4, 6), torch.tensor([2.0, 0.5])),
@@ -166,15 +166,15 @@ def check_setting(choice: tuple | None, budget: int = 400_000, task: str = "pyth
         choice = tuple(choice) if isinstance(choice, (tuple, list)) else choice
         if choice not in runs:
             ranks, rules, rates = (record["settings"][key] for key in ("ranks", "rules", "rates"))
-            return _say("4.5", False, f"{choice!r} is not in the record: give (rank, rule, learning rate), with a rank "
+            return say("4.5", False, f"{choice!r} is not in the record: give (rank, rule, learning rate), with a rank "
                         f"of {ranks}, "
                                       f"a rule of {rules} and a rate of {rates}.")
         if choice not in fits:
-            return _say("4.5", False, f"an adapter of rank {choice[0]} has {4 * runs[choice]['trainable']:,} bytes, "
+            return say("4.5", False, f"an adapter of rank {choice[0]} has {4 * runs[choice]['trainable']:,} bytes, "
                         "over the budget of "
                                       f"{budget:,}.")
         if choice not in scores:
-            return _say("4.5", False, "that training diverged: look at the crosses in the map.")
+            return say("4.5", False, "that training diverged: look at the crosses in the map.")
     best = min(scores, key=scores.get)
     return check_decision("4.5", choice, scores, within=0.02,
                           because=f"the best within {budget:,} bytes, {best}, reaches {scores[best]:.3g}.")

@@ -1,7 +1,7 @@
 """Checkers of notebook 05. Reading this file tells you the answers."""
-from lora_edu.course.checks.nb03 import _is
+from lora_edu.course.checks.nb03 import equals
 from lora_edu.course.figures.memory import CARDS, GB
-from lora_edu.course.page.exercises import Verdict, _not_attempted, _say, check, check_choice
+from lora_edu.course.page.exercises import Verdict, check, check_choice, not_attempted, say
 from lora_edu.measure.memory import Bill, bill
 from lora_edu.models.sizes import Sizes
 
@@ -21,7 +21,7 @@ def check_adam_bytes(student) -> Verdict:
                  (parameters * 4 * weight, "the states have their own type, `state` bytes each."),
                  (2 * weight + 2 * state, "that is for one number; the model has `parameters`."),
                  (want / 1e9, "in bytes, not in GB.")]
-        return next((text for wrong, text in slips if _is(got, wrong)), None)
+        return next((text for wrong, text in slips if equals(got, wrong)), None)
 
     cases = [(1000, 4, 2), (7_000_000_000, 2, 2), (175_000_000_000, 4, 4), (123, 2, 4)]
     return check("5.1", student, cases=cases, oracle=oracle, hint=hint)
@@ -43,13 +43,13 @@ def check_lora_count(student) -> Verdict:
                  (layers * (hidden * hidden + hidden * kv), "those are the matrices themselves; an adapter has rank · "
                   "(inputs + outputs)."),
                  (layers * rank * (hidden * hidden + hidden * kv), "inputs + outputs, not inputs times outputs.")]
-        return next((text for wrong, text in slips if _is(got, wrong)), None)
+        return next((text for wrong, text in slips if equals(got, wrong)), None)
 
     cases = [(32, 64, 64, 8), (2, 48, 16, 4), (5, 32, 8, 1)]
     return check("5.3", student, cases=cases, oracle=oracle, hint=hint)
 
 
-def billed(recipe: str, batch: int, checkpointing: bool) -> Bill:
+def _billed(recipe: str, batch: int, checkpointing: bool) -> Bill:
     """Exercise 5.4: the bill of a choice."""
     return bill(**TASK, recipe=recipe, batch=batch, checkpointing=checkpointing)
 
@@ -57,32 +57,32 @@ def billed(recipe: str, batch: int, checkpointing: bool) -> Bill:
 def check_fit(choice) -> Verdict:
     """Exercise 5.4: (recipe, batch, checkpointing) with the largest batch that one card has room for."""
     if choice in (None, ...):
-        return _not_attempted("5.4")
+        return not_attempted("5.4")
     try:
         recipe, batch, checkpointing = choice
-        said = billed(recipe, batch, checkpointing)
+        said = _billed(recipe, batch, checkpointing)
     except (TypeError, ValueError) as error:
-        return _say("5.4", False, f"{choice!r} cannot be billed: {error}")
+        return say("5.4", False, f"{choice!r} cannot be billed: {error}")
     room = CARDS[CARD] * GB
     if said.total > room:
         largest = max(said.parts, key=said.parts.get)
-        return _say("5.4", False, f"{said.total / GB:.1f} GB do not fit in {CARDS[CARD]}; the largest part is "
+        return say("5.4", False, f"{said.total / GB:.1f} GB do not fit in {CARDS[CARD]}; the largest part is "
                     f"{largest}, "
                                   f"{said.parts[largest] / GB:.1f} GB.")
     if batch < most(recipe, checkpointing):
-        return _say("5.4", False, f"{said.total / GB:.1f} GB: it fits, and with {recipe} "
+        return say("5.4", False, f"{said.total / GB:.1f} GB: it fits, and with {recipe} "
                                   f"{'and' if checkpointing else 'without'} checkpointing a larger batch does, too.")
     best = max(most(each, on) for each in ("bf16-mixed", "16-bit", "nf4", "nf4-double") for on in (False, True))
     if batch < best:
-        return _say("5.4", False, f"{batch} is the most for these two; another recipe, or checkpointing, has room for "
+        return say("5.4", False, f"{batch} is the most for these two; another recipe, or checkpointing, has room for "
                     f"{best}.")
-    return _say("5.4", True, f"correct: {said.total / GB:.1f} GB of {CARDS[CARD]}, and the largest batch there is.")
+    return say("5.4", True, f"correct: {said.total / GB:.1f} GB of {CARDS[CARD]}, and the largest batch there is.")
 
 
 def most(recipe: str, checkpointing: bool) -> int:
     """The largest batch that fits the card; 0 where none does."""
     batch = 0
-    while billed(recipe, batch + 1, checkpointing).total <= CARDS[CARD] * GB:
+    while _billed(recipe, batch + 1, checkpointing).total <= CARDS[CARD] * GB:
         batch += 1
     return batch
 

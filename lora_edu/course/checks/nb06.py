@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 
 from lora_edu.course.checks.nb01 import randn
-from lora_edu.course.checks.nb03 import _is
+from lora_edu.course.checks.nb03 import equals
 from lora_edu.course.labs.merge_lab import losses_at, twin_in
-from lora_edu.course.page.exercises import Verdict, _not_attempted, _say, check, check_match
+from lora_edu.course.page.exercises import Verdict, check, check_match, not_attempted, say
 from lora_edu.lora.adapter_file import TENSORS, load_adapter
 from lora_edu.lora.merge import merge_lora
 from lora_edu.measure.operators import operators
@@ -45,7 +45,7 @@ def check_fold(student) -> Verdict:
             slips.append((weight.float() + scaling * product.T, "the product is transposed: on a square weight no "
                           "shape warns you. It is "
                                                                 "lora_B @ lora_A."))
-        if said := next((text for wrong, text in slips if _is(got[1], wrong.to(weight.dtype).double())), None):
+        if said := next((text for wrong, text in slips if equals(got[1], wrong.to(weight.dtype).double())), None):
             return said
         if got[0] != want[0]:
             return f"the merged weight is {got[0]} and should have the type of the weight, {want[0]}."
@@ -150,17 +150,17 @@ def check_choice(answers: dict[str, str | None] | None) -> Verdict:
     situation's limit.
     """
     if not answers or all(answer in (None, ...) for answer in answers.values()):
-        return _not_attempted("6.4")
+        return not_attempted("6.4")
     measured = consequences()
     for name, (limit, unit) in LIMITS.items():
         plan = answers.get(name)
         if plan not in PLANS:
-            return _say("6.4", False, f"{name}: {plan!r} is not one of the plans: {', '.join(PLANS)}.")
+            return say("6.4", False, f"{name}: {plan!r} is not one of the plans: {', '.join(PLANS)}.")
         if measured[name][plan] > limit:
-            return _say("6.4", False, f"{name}: {plan!r} makes {measured[name][plan]:.3g} {unit}, and {limit} may be.")
+            return say("6.4", False, f"{name}: {plan!r} makes {measured[name][plan]:.3g} {unit}, and {limit} may be.")
     said = "; ".join(f"{name} {answers[name]}: {measured[name][answers[name]]:.2g} {unit}"
                      for name, (_, unit) in LIMITS.items())
-    return _say("6.4", True, f"all four within their limits, measured on fable. {said}.")
+    return say("6.4", True, f"all four within their limits, measured on fable. {said}.")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ def plot_singular_values(matrices, title: str = "Singular values", log: bool = T
     named = matrices if isinstance(matrices, dict) else {"": matrices}
     fig, ax = new_figure(title=title, xlabel=LABELS["index"], ylabel=LABELS["sigma"], yscale="log" if log else "linear")
     for i, (name, matrix) in enumerate(named.items()):
-        sigma = np.linalg.svd(_array(matrix), compute_uv=False)
+        sigma = np.linalg.svd(as_matrix(matrix), compute_uv=False)
         ax.plot(range(1, len(sigma) + 1), sigma, label=name, markevery=max(1, len(sigma) // 40), **look(i))
     if list(named) != [""]:
         ax.legend(frameon=False)
@@ -20,7 +20,7 @@ def plot_singular_values(matrices, title: str = "Singular values", log: bool = T
 def plot_picture_ranks(picture, ranks=(1, 4, 16), title: str = "Few numbers make a recognisable picture",
                        width: float = 2.1) -> Figure:
     """A grey picture, (height, width), beside its best versions of the given ranks, each with its count of numbers."""
-    pixels = _array(picture)
+    pixels = as_matrix(picture)
     U, S, Vh = np.linalg.svd(pixels, full_matrices=False)
     fig, parts = new_figure(width=width * (1 + len(ranks)), height=width * pixels.shape[0] / pixels.shape[1] + 0.9,
                             columns=1 + len(ranks))
@@ -46,7 +46,7 @@ def sample_picture(size: int = 256) -> np.ndarray:
         return np.asarray(grey.crop((0, 0, side, side)).resize((size, size)), dtype=float) / 255
 
 
-def _array(matrix) -> np.ndarray:
+def as_matrix(matrix) -> np.ndarray:
     """A 2-D float64 array from a tensor (any dtype, any device), an array or a list."""
     values = matrix.detach().cpu().double().numpy() if hasattr(matrix, "detach") else np.asarray(matrix, dtype=float)
     if values.ndim != 2 or not np.isfinite(values).all():

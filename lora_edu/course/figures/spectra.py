@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lora_edu.course.figures.matrices import _array
+from lora_edu.course.figures.matrices import as_matrix
 from lora_edu.course.page.show import (
     BLACK,
     BLUE,
@@ -170,11 +170,11 @@ def plot_layers(table: dict, title: str, label: str) -> Figure:
     ax.set_yticks(range(len(layers)), labels=[str(layer) for layer in layers])
     for row, column in np.argwhere(np.isfinite(values)):
         ax.text(column, row, f"{values[row, column]:.3g}", ha="center", va="center", fontsize=9,
-                color=_readable_on(image.to_rgba(values[row, column])))
+                color=readable_on(image.to_rgba(values[row, column])))
     return fig
 
 
-def _readable_on(rgba) -> str:
+def readable_on(rgba) -> str:
     """Black or white, whichever contrasts more with the colour (WCAG 2: the two are equal at a luminance of 0.179)."""
     luminance = np.dot(np.asarray(rgba[:3]) ** 2.2, (0.2126, 0.7152, 0.0722))
     return "white" if luminance < 0.179 else "black"
@@ -186,7 +186,7 @@ def plot_parts(whole, part, title: str, titles=("the whole update", "its low-ran
     The scale ends where 99.5 % of the whole's entries do (one large entry would pale the rest), which the colour bar's
     arrows say.
     """
-    whole, part = _array(whole), _array(part)
+    whole, part = as_matrix(whole), as_matrix(part)
     if whole.shape != part.shape:
         raise ValueError(f"plot_parts got matrices of {whole.shape} and {part.shape}: they must have one shape.")
     tall = min(1.5, max(0.4, whole.shape[0] / whole.shape[1]))

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
-from lora_edu.course.figures.spectra import _readable_on
+from lora_edu.course.figures.spectra import readable_on
 from lora_edu.course.page.show import BLACK, GREY, LABELS, look, new_figure
 from lora_edu.course.page.widgets import picture_with_controls
 from lora_edu.lora.settings import RULES
@@ -138,7 +138,7 @@ class _Picture:
         self.image.set_data(colors)
         for (y, x), value in np.ndenumerate(table):
             self.numbers[y, x].set(text="" if np.isnan(value) else _short(value, measure),
-                                   color=_readable_on(colors[y, x]))
+                                   color=readable_on(colors[y, x]))
         self.crosses.set_data(*_strokes(np.argwhere(np.isnan(table)), CROSS))
         for lines, runs, size in ((self.best, best, 0.8), (self.here, [chosen], 1.0)):
             places = [(self.ranks.index(run["rank"]), self.rates.index(run["lr"])) for run in runs if run]

@@ -37,14 +37,14 @@ def check(number: str, student, cases, oracle, hint=None) -> Verdict:
         hint: ``hint(got, want, *case) -> str | None`` about a wrong answer; numbers reach it as float64 tensors.
     """
     if student is None or student is ...:
-        return _not_attempted(number)
+        return not_attempted(number)
     for i, case in enumerate(cases, 1):
         wrong = _judge(student, case, oracle, hint, first=i == 1)
         if wrong == "":
-            return _not_attempted(number)
+            return not_attempted(number)
         if wrong is not None:
-            return _say(number, False, (f"case {i} of {len(cases)}: " if i > 1 else "") + wrong)
-    return _say(number, True, "correct.")
+            return say(number, False, (f"case {i} of {len(cases)}: " if i > 1 else "") + wrong)
+    return say(number, True, "correct.")
 
 
 def _judge(student, case, oracle, hint, first: bool) -> str | None:
@@ -151,23 +151,23 @@ def _same(now, before) -> bool:
 def check_choice(number: str, answer: str | None, right: str, because: str, hints: dict[str, str]) -> Verdict:
     """A diagnosis of one word. ``hints`` has an entry for each wrong choice; ``because`` explains the right one."""
     if answer in (None, ..., ""):
-        return _not_attempted(number)
+        return not_attempted(number)
     given = str(answer).strip().lower()
     if given == right.lower():
-        return _say(number, True, f"correct: {because}")
+        return say(number, True, f"correct: {because}")
     known = {choice.lower(): text for choice, text in hints.items()}
     choices = ", ".join(sorted([right, *hints]))
-    return _say(number, False, known.get(given, f"{str(answer)!r} is not one of the choices: {choices}."))
+    return say(number, False, known.get(given, f"{str(answer)!r} is not one of the choices: {choices}."))
 
 
 def check_match(number: str, answers: dict, right: dict, because: str, hints: dict) -> Verdict:
     """A diagnosis of several things, ``{"curve A": "cause", ...}``; ``hints`` has one for each key."""
     if not answers or all(answer in (None, ...) for answer in answers.values()):
-        return _not_attempted(number)
+        return not_attempted(number)
     wrong = [key for key in right if str(answers.get(key)).strip().lower() != right[key].lower()]
     if not wrong:
-        return _say(number, True, f"correct: {because}")
-    return _say(number, False, f"{len(right) - len(wrong)} of {len(right)} right; look at {wrong[0]}: "
+        return say(number, True, f"correct: {because}")
+    return say(number, False, f"{len(right) - len(wrong)} of {len(right)} right; look at {wrong[0]}: "
                 f"{hints[wrong[0]]}")
 
 
@@ -175,21 +175,21 @@ def check_decision(number: str, choice, scores: dict, within: float, because: st
                    unit: str = "nats per token") -> Verdict:
     """A choice judged by its held-out score, lower is better; it passes within ``within`` of the best."""
     if choice in (None, ..., ""):
-        return _not_attempted(number)
+        return not_attempted(number)
     if choice not in scores:
-        return _say(number, False, f"{choice!r} is not one of the choices: {', '.join(map(str, scores))}.")
+        return say(number, False, f"{choice!r} is not one of the choices: {', '.join(map(str, scores))}.")
     best = min(scores, key=scores.get)
     if scores[choice] <= scores[best] + within:
-        return _say(number, True, f"a good choice, {scores[choice]:.3g} {unit} on held-out data: {because}")
-    return _say(number, False, f"{choice} scores {scores[choice]:.3g} {unit} on held-out data; another choice reaches "
+        return say(number, True, f"a good choice, {scores[choice]:.3g} {unit} on held-out data: {because}")
+    return say(number, False, f"{choice} scores {scores[choice]:.3g} {unit} on held-out data; another choice reaches "
                 f"{scores[best]:.3g}.")
 
 
-def _not_attempted(number: str) -> Verdict:
-    return _say(number, None, "not attempted yet.")
+def not_attempted(number: str) -> Verdict:
+    return say(number, None, "not attempted yet.")
 
 
-def _say(number: str, passed: bool | None, text: str) -> Verdict:
+def say(number: str, passed: bool | None, text: str) -> Verdict:
     mark = {True: " ✓ ", False: " ✗ ", None: ": "}[passed]
     verdict = Verdict(passed, f"Exercise {number}{mark}{text}")
     print(verdict.line)

@@ -64,7 +64,7 @@ def png(fig: Figure) -> bytes:
     return out.getvalue()
 
 
-def few_colors(data: bytes) -> bytes:
+def _few_colors(data: bytes) -> bytes:
     """The same picture in its 256 most useful colours: a third of the bytes in a notebook's file."""
     from PIL import Image
     out = io.BytesIO()
@@ -82,5 +82,5 @@ def show(fig: Figure) -> None:
     """Display the figure's PNG. Its text form is the title, so that a stored output compares equal elsewhere."""
     from IPython.display import display
     title = title_of(fig)
-    data = {"image/png": base64.b64encode(few_colors(png(fig))).decode(), "text/plain": f"<figure: {title}>"}
+    data = {"image/png": base64.b64encode(_few_colors(png(fig))).decode(), "text/plain": f"<figure: {title}>"}
     display(data, metadata={"image/png": {"alt": title}}, raw=True)

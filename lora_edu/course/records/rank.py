@@ -28,7 +28,7 @@ PLANTED = {"matrix": "model.layers.3.mlp.down_proj", "planted": (2, 6, 16), "ran
            "rates": (0.02, 0.04, 0.08), "steps": 400, "rows": 8, "tokens": 32}
 
 
-def scorer(task: Task, tales: dict, prompts: int):
+def _scorer(task: Task, tales: dict, prompts: int):
     """What a trained model is judged by: test loss, its tales, and on restaurants the slots of so many prompts."""
     def score(model) -> dict:
         model.cpu()
@@ -58,10 +58,10 @@ def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: i
         steps, every = (grid["tasks"][task.name][key] for key in ("steps", "every"))
         alone = list(dict.fromkeys(adapters))       # at rank 8 the rules are one and the same
         by_adapter = dict(zip(alone,
-                              train_all(model, task, alone, steps, scorer(task, tales, prompts), first_batch(task),
+                              _train_all(model, task, alone, steps, _scorer(task, tales, prompts), _first_batch(task),
                                         every=every,
                                                out=f"{scratch}/rank_alpha_{task.name}.json" if scratch else None)))
-        cells += [cell(task.name, rule, by_adapter[adapter], every) for (rule, *_), adapter in zip(keys, adapters)]
+        cells += [_cell(task.name, rule, by_adapter[adapter], every) for (rule, *_), adapter in zip(keys, adapters)]
     return {"settings": {key: list(value) if isinstance(value, tuple) else value for key, value in grid.items()} |
             {"rows": ROWS, "fixed alpha": FIXED_ALPHA, "targets": "all-linear", "seed": seed, "prompts": prompts,
              "rules not kept": "one seed; the rate is chosen on the validation split of the same seed; few prompts for "
@@ -69,7 +69,8 @@ def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: i
             "before": before(tasks, tales), "grid": cells}
 
 
-def train_all(model, task: Task, adapters: list[LoRASettings], steps: int, score, valid: list, every: int | None = None,
+def _train_all(model, task: Task, adapters: list[LoRASettings], steps: int, score, valid: list,
+               every: int | None = None,
               out: str | None = None) -> list[dict]:
     """`sweep` on a task's own batches. Ends the program where it was stopped: a record of some of its runs is none."""
     runs = sweep(model, adapters, lambda seed: task.batches(steps, seed, rows=ROWS), steps, valid,
@@ -80,12 +81,12 @@ def train_all(model, task: Task, adapters: list[LoRASettings], steps: int, score
     return runs
 
 
-def first_batch(task: Task) -> list:
+def _first_batch(task: Task) -> list:
     """What the rates of the grid are chosen by: 50 cards, or the few rows of documentation."""
     return task.valid[:1] if task.name == "bistro" else task.valid
 
 
-def cell(task: str, rule: str, run: dict, every: int) -> dict:
+def _cell(task: str, rule: str, run: dict, every: int) -> dict:
     """One cell of the map; `path` holds [step, loss of its batch before the update, validation loss after it]."""
     path = [[step, round(run["losses"][step - 1], 4), round(valid, 4)] for step, valid in run["heldout"]]
     measured = {key: run.get(key) for key in ("test", "tales", "slots") if key in run or key != "slots"}
@@ -107,7 +108,7 @@ def rank_seeds(steps: int = 500, ranks=(1, 8, 64), seeds=SEEDS, n: int = 200, pr
 
     def brief(name: str, adapters: list[LoRASettings], steps: int) -> list[dict]:
         task, first = tasks[name], adapters[0]
-        runs = train_all(model, task, adapters, steps, scorer(task, tales, prompts), task.valid,
+        runs = _train_all(model, task, adapters, steps, _scorer(task, tales, prompts), task.valid,
                          out=f"{scratch}/rank_seeds_{name}_{steps}_{len(adapters)}_{first.seed}_{first.lr:g}.json"
                          if scratch else None)
         return [{key: run[key] for key in ("rank", "lr", "seed", "test", "tales", "slots") if key in run} |
@@ -119,7 +120,7 @@ def rank_seeds(steps: int = 500, ranks=(1, 8, 64), seeds=SEEDS, n: int = 200, pr
         short[task] = brief(task, _repeated(best, seeds), grid["settings"]["tasks"][task]["steps"])
     first = {rank: best_of(grid["grid"], "bistro", rank)["lr"] for rank in ranks}
     tuning = _until_inside(first, lambda adapters: brief("bistro", adapters, steps))
-    best = {rank: min(runs, key=loss_or_inf)["lr"] for rank, runs in tuning.items()}
+    best = {rank: min(runs, key=_loss_or_inf)["lr"] for rank, runs in tuning.items()}
     long = {"steps": steps, "tuning": [run for runs in tuning.values() for run in runs],
             "runs": brief("bistro", _repeated(best, seeds), steps)}
     settings = {"rows": ROWS, "rule": "2r", "targets": "all-linear", "seeds": list(seeds), "tuning seed": 0,
@@ -158,27 +159,27 @@ def two_rates(alphas: dict | None = None, rates=(0.002, 0.004, 0.008), seed: int
         task = Task(name, tokenizer, n)
         adapters = [LoRASettings(rank, alpha, lr=lr, seed=seed) for rank, some in alphas.items() for alpha in some
                     for lr in rates]
-        runs = train_all(model, task, adapters, how["steps"], scorer(task, tales, 0), first_batch(task),
+        runs = _train_all(model, task, adapters, how["steps"], _scorer(task, tales, 0), _first_batch(task),
                          out=f"{scratch}/two_rates_{name}.json" if scratch else None)
-        found += [cell(name, "free", run, how["steps"]) for run in runs]
+        found += [_cell(name, "free", run, how["steps"]) for run in runs]
     return {"settings": {"alphas": alphas, "rates": list(rates), "seed": seed, "rows": ROWS, "tasks": settings["tasks"],
                          "rules not kept": "one seed; three rates, and the best may lie on their edge"}, "runs": found}
 
 
-def loss_or_inf(run: dict) -> float:
+def _loss_or_inf(run: dict) -> float:
     return float("inf") if run["valid"] is None else run["valid"]
 
 
 def best_of(cells: list[dict], task: str, rank: int, rule: str = "2r") -> dict:
     """The cell of the lowest validation loss in a row of the map."""
-    return min((c for c in cells if (c["task"], c["rule"], c["rank"]) == (task, rule, rank)), key=loss_or_inf)
+    return min((c for c in cells if (c["task"], c["rule"], c["rank"]) == (task, rule, rank)), key=_loss_or_inf)
 
 
 def beyond_the_edge(runs: list[dict]) -> list[float]:
     """The rate to try next: half the smallest or twice the largest where that one was best; [] where the best lies
     inside.
     """
-    best = min(range(len(runs)), key=lambda i: loss_or_inf(runs[i]))
+    best = min(range(len(runs)), key=lambda i: _loss_or_inf(runs[i]))
     return [runs[0]["lr"] / 2] if best == 0 else [runs[-1]["lr"] * 2] if best == len(runs) - 1 else []
 
 
@@ -189,10 +190,10 @@ def planted_rank(settings: dict = PLANTED, seeds=SEEDS[:2], n: int = 512) -> dic
     model, tokenizer = load_pretrained()
     texts = torch.cat([ids for ids, _ in corpora.tales_from(model, tokenizer, n=n, length=settings["tokens"], seed=5)])
     pairs = [(k, rank) for k in settings["planted"] for rank in settings["ranks"]]
-    tuning = {lr: divergence_of_each(model, texts, settings, {pair: lr for pair in pairs}, 0)
+    tuning = {lr: _divergence_of_each(model, texts, settings, {pair: lr for pair in pairs}, 0)
               for lr in settings["rates"]}
     best = {pair: min(tuning, key=lambda lr: tuning[lr][pair]) for pair in pairs}
-    found = {seed: divergence_of_each(model, texts, settings, best, seed) for seed in seeds}
+    found = {seed: _divergence_of_each(model, texts, settings, best, seed) for seed in seeds}
     with torch.no_grad():
         untrained = {k: planted.heldout_divergence(model, [planted.plant(model, settings["matrix"], k)], texts[:32])
                      for k in settings["planted"]}
@@ -204,7 +205,7 @@ def planted_rank(settings: dict = PLANTED, seeds=SEEDS[:2], n: int = 512) -> dic
                           "divergence": [round(found[seed][k, rank], 5) for seed in seeds]} for k, rank in pairs]}
 
 
-def divergence_of_each(model, texts: torch.Tensor, settings: dict, rates: dict[tuple[int, int], float],
+def _divergence_of_each(model, texts: torch.Tensor, settings: dict, rates: dict[tuple[int, int], float],
                        seed: int) -> dict:
     """Held-out divergence, nats per token, of one student for each (planted rank, rank), all trained in one stack."""
     teachers = [planted.plant(model, settings["matrix"], k, seed) for k in settings["planted"]]
