@@ -1,6 +1,11 @@
-"""Where everything is installed, a skipped test is a test that does not run: with CI=true a skip is a failure.
+"""Which tests run, and what a skip means.
 
-Only tests marked `gpu` may be skipped there. What was turned into a failure is listed at the end of the run.
+`python dev.py test` runs every cell of every notebook once and one notebook in a browser. `--full` adds the tests
+marked `full`: every notebook and every lab in a browser, as continuous integration does. `--quick` leaves out
+notebooks, browser and what is marked `slow`.
+
+Where everything is installed, a skipped test is a test that does not run: with CI=true a skip is a failure. Only tests
+marked `gpu` may be skipped there. What was turned into a failure is listed at the end of the run.
 """
 import os
 
@@ -9,9 +14,30 @@ import pytest
 TURNED = "skipped, and with CI=true only tests marked gpu may be: "
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the tests marked full, too: every notebook and lab in a "
+                     "browser")
+    parser.addoption("--quick", action="store_true", help="without notebooks, browser and the tests marked slow")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA; skipped, with a reason, where there is none")
     config.addinivalue_line("markers", "browser: drives JupyterLab with Chromium")
+    config.addinivalue_line("markers", "full: runs with --full only")
+    config.addinivalue_line("markers", "slow: left out by --quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that this run leaves out are deselected, and so no skips."""
+    left = set() if config.getoption("--full") else {"full"}
+    left |= {"slow", "browser", "notebook"} if config.getoption("--quick") else set()
+
+    def out(item):
+        return "notebook" in left and ".ipynb" in item.nodeid or any(item.get_closest_marker(name) for name in left)
+    leaving = [item for item in items if out(item)]
+    if leaving:
+        config.hook.pytest_deselected(items=leaving)
+        items[:] = [item for item in items if not out(item)]
 
 
 def strict():

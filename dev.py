@@ -2,7 +2,9 @@
 """Set the course up and run it.
 
     python dev.py lab                   open JupyterLab on notebook 00      (--no-browser, --port N)
-    python dev.py test [ARGS...]        run every test; ARGS go to pytest   (python dev.py test -x -k rank)
+    python dev.py test [ARGS...]        run the tests; ARGS go to pytest    (python dev.py test -x -k rank)
+    python dev.py test --quick          without notebooks and browser, for work in between
+    python dev.py test --full           every notebook and lab in a browser, too: what .ci/run calls
     python dev.py notebooks [NAME...]   run notebooks and store their outputs
     python dev.py links [--repo O/N]    write the repository's address into all notebooks
     python dev.py colab [ARGS...]       run all notebooks on the package versions of a Colab runtime; ARGS go to pytest
@@ -215,13 +217,20 @@ def run(command, env=None):
 
 
 def test(more):
-    """Every test: the library's, the notebooks' stored outputs (nbval), the browser's.
+    """The library's tests, the notebooks' stored outputs (nbval), the browser's; paths come from pyproject.toml.
 
-    Paths come from pyproject.toml.
+    A whole run is shared among workers of one thread each; a choice of tests runs in one process.
     """
     set_up()
-    command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", *more]
-    return run(command, child_env(LORA_EDU_DEVICE="cpu"))
+    options = [option for option in more if option in ("--full", "--quick")]
+    command = [str(env_python()), "-m", "pytest", *more, "--durations=20"]
+    if "--quick" not in more:
+        command += ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=300"]
+    if more != options:
+        return run(command, child_env(LORA_EDU_DEVICE="cpu"))
+    # a notebook's cells stay together
+    command += ["-n", str(max(1, min(os.cpu_count() or 1, 4))), "--dist", "loadfile"]
+    return run(command, child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1"))
 
 
 def colab(more):

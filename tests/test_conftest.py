@@ -1,10 +1,13 @@
 """With CI=true a skip is a failure, unless it is marked gpu. Run on a small project of its own."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
@@ -80,3 +83,27 @@ def test_with_ci_and_no_skips_nothing_is_added(tmp_path):
     (tmp_path / "test_fine.py").write_text("def test_fine(): ...\n", encoding="utf-8")
     code, out = pytest_in(tmp_path, "true")
     assert code == 0 and "skipped although" not in out
+
+
+KINDS = """
+import pytest
+
+@pytest.mark.full
+def test_full(): ...
+
+@pytest.mark.slow
+def test_slow(): ...
+
+@pytest.mark.browser
+def test_browser(): ...
+
+def test_plain(): ...
+"""
+
+
+@pytest.mark.parametrize("options, ran", [([], {"slow", "browser", "plain"}), (["--quick"], {"plain"}),
+                                          (["--full"], {"full", "slow", "browser", "plain"})])
+def test_what_a_run_leaves_out_is_deselected_and_no_skip(tmp_path, options, ran):
+    (tmp_path / "test_kinds.py").write_text(KINDS, encoding="utf-8")
+    code, out = pytest_in(tmp_path, "true", "-v", *options)
+    assert code == 0 and set(re.findall(r"test_(\w+) PASSED", out)) == ran and "skipped" not in out

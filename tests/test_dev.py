@@ -194,10 +194,22 @@ def test_test_runs_pytest_with_nbval_on_the_cpu_and_hands_arguments_on(course, m
     monkeypatch.setattr(dev, "run", lambda command, env: seen.append((command, env)) or 3)
     assert dev.main(["test", "-x", "-k", "rank", "tests/lora"]) == 3
     (command, env), = seen
-    assert command[1:5] == ["-m", "pytest", "--nbval", "--nbval-current-env"]
-    assert command[-4:] == ["-x", "-k", "rank", "tests/lora"]
+    assert command[1:7] == ["-m", "pytest", "-x", "-k", "rank", "tests/lora"]
+    assert {"--nbval", "--nbval-current-env"} < set(command) and "-n" not in command, "a choice runs in one process"
     assert env["LORA_EDU_DEVICE"] == "cpu"
     assert env["PATH"].startswith(str(dev.env_bin()))
+
+
+@pytest.mark.parametrize("options, notebooks", [([], True), (["--full"], True), (["--quick"], False)])
+def test_a_whole_run_is_shared_by_workers_of_one_thread(course, monkeypatch, options, notebooks):
+    seen = []
+    monkeypatch.setattr(dev, "set_up", lambda: None)
+    monkeypatch.setattr(dev, "run", lambda command, env: seen.append((command, env)) or 0)
+    monkeypatch.setattr(dev.os, "cpu_count", lambda: 2)
+    assert dev.main(["test", *options]) == 0
+    (command, env), = seen
+    assert command[-4:] == ["-n", "2", "--dist", "loadfile"] and env["OMP_NUM_THREADS"] == "1"
+    assert ("--nbval" in command) == notebooks and set(options) < set(command)
 
 
 def test_colab_makes_an_environment_of_its_own_and_runs_the_notebooks_in_it(course, monkeypatch):

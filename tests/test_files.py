@@ -39,6 +39,7 @@ def read_from_hub(endpoint, home, *names):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_two_names_on_the_hub_are_read_through_it(pair, tmp_path):
     """The base lies there in shards beside files that nobody needs; the tuned one is an old pickle without
     safetensors.

@@ -122,7 +122,7 @@ def test_ci_run_installs_a_browser_and_calls_dev():
     text = read(".ci/run")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")]).returncode == 0
-    assert "set -euo pipefail" in text and text.rstrip().endswith("python3 dev.py test")
+    assert "set -euo pipefail" in text and text.rstrip().endswith("python3 dev.py test --full")
     assert text.index("apt-get update") < text.index("apt-get install")
 
 

@@ -53,7 +53,11 @@ box = merge_lab(model, "model.layers.3.mlp.down_proj", (ids, ids + 1), (ids, ids
 """
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
+WALK = [pytest.param(path, id=path.stem, marks=[] if path.name.startswith("00_") else pytest.mark.full)
+        for path in WRITTEN]
+
+
+@pytest.mark.parametrize("path", WALK)
 def test_the_notebook_runs_and_every_slider_moves_a_picture(path, open_notebook):
     with open_notebook(path) as page:
         page.run_all()
@@ -63,6 +67,7 @@ def test_the_notebook_runs_and_every_slider_moves_a_picture(path, open_notebook)
             page.check_slider(index)
 
 
+@pytest.mark.full
 def test_a_connected_dial_moves_its_picture_and_its_text(open_cell):
     with open_cell(DIAL) as page:
         page.run_all()
@@ -71,6 +76,7 @@ def test_a_connected_dial_moves_its_picture_and_its_text(open_cell):
         assert "strength 0.10" in page.text() and "text 2" in page.text()
 
 
+@pytest.mark.full
 def test_lists_buttons_and_the_box_of_the_calculator_move_its_picture(open_cell):
     with open_cell(CALCULATOR) as page:
         page.run_all()
@@ -90,6 +96,7 @@ def test_lists_buttons_and_the_box_of_the_calculator_move_its_picture(open_cell)
         assert page.errors() == [] and "gpt2-xl: 1,557,611,200 parameters; 1,557,611,200 numbers train" in page.text()
 
 
+@pytest.mark.full
 def test_the_merge_labs_dtype_moves_its_picture(open_cell):
     with open_cell(LAB) as page:
         page.run_all()
@@ -102,6 +109,7 @@ def test_the_merge_labs_dtype_moves_its_picture(open_cell):
         assert page.errors() == []
 
 
+@pytest.mark.full
 def test_a_disconnected_dial_fails_the_same_check(open_cell):
     """The proof that the check can fail: the handle moves, and nothing answers it."""
     with open_cell(DISCONNECTED) as page:
@@ -110,6 +118,7 @@ def test_a_disconnected_dial_fails_the_same_check(open_cell):
             page.check_slider(0, timeout=2)
 
 
+@pytest.mark.full
 def test_an_error_in_a_callback_is_on_the_page_and_fails_the_check(open_cell):
     with open_cell(BROKEN) as page:
         page.run_all()

@@ -319,6 +319,7 @@ def write_pair(folder, side, count, dtype, shards):
             (folder / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process's memory is read from Linux's "
                     "/proc")
 @pytest.mark.parametrize("what, dtype, shards", [("walk", torch.float32, False), ("walk", torch.bfloat16, True),

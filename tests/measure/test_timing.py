@@ -259,6 +259,7 @@ def test_what_is_no_operator_is_left_out():
     assert names[0] == "aten::add" and all(name.startswith("aten::") for name in names)
 
 
+@pytest.mark.slow
 def test_the_profiler_writes_nothing_beside_a_notebook():
     code = ("import torch; from lora_edu.measure.operators import operators; print(len(operators(torch.nn.Linear(2, "
             "2), torch.ones(1, 2))) > 0)")

@@ -69,6 +69,7 @@ def test_a_folder_loads_like_fable(tmp_path):
     assert isinstance(same, Tokenizer)
 
 
+@pytest.mark.slow
 def test_a_hub_name_goes_through_transformers(tmp_path):
     """A local server that answers like the hub, asked by a process of its own: its client reads the address once."""
     model, tokenizer = load_pretrained("fable")
@@ -114,6 +115,7 @@ def test_fable_gives_the_same_logits_on_a_gpu():
         torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), want, rtol=0, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_importing_the_library_needs_neither_widgets_nor_plots():
     """torch, numpy, safetensors, tokenizers and tqdm are enough; the page loads when it is used."""
     code = ("import sys\nfor name in ('ipywidgets', 'matplotlib', 'IPython', 'transformers', 'peft', "

@@ -124,6 +124,7 @@ def test_targets_and_ranks_that_do_not_fit_are_refused(targets, rank, said):
         PRESETS["llama-7b"].adapter(targets, rank)
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_needs_its_config_alone(tmp_path):
     repo = tmp_path / "hub" / "owner" / "small"
     repo.mkdir(parents=True)

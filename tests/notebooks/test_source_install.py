@@ -18,6 +18,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from tools import links
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = "import lora_edu, sys; print(lora_edu.__file__); print(sys.prefix)"
 

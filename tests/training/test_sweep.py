@@ -312,6 +312,7 @@ print(peak() - before, max(sizes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads VmHWM, which Linux keeps")
 def test_a_sweep_keeps_to_its_budget():
     """Peak memory in a process of its own, with glibc told to give large blocks back at once.

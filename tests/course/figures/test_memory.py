@@ -112,6 +112,7 @@ def test_what_fits_nowhere_is_counted_in_cards():
     assert f"fits on none of these cards: {bill('gpt3-175b', 'full').total / 80e9:.1f} times" in text.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", PRESETS)
 def test_every_model_has_every_target_and_rank(model):
     for targets in TARGETS[PRESETS[model].kind]:

@@ -16,6 +16,8 @@ from lora_edu.training import bistro, corpora
 from lora_edu.training.loop import evaluate, train
 from tests.lora.tiny import our_llama
 
+pytestmark = pytest.mark.slow
+
 ADAPTER = LoRASettings(rank=3, alpha=6.0, lr=0.05, seed=4)
 STEPS = 27      # measured at 10, 20, 27; sampled at 25, 27
 

@@ -18,6 +18,8 @@ from lora_edu.lora.merge import merge_lora, remove_lora, set_strength
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.training.loop import evaluate
 
+pytestmark = pytest.mark.slow
+
 NAME = "model.layers.0.self_attn.q_proj"       # 64 x 64: larger than the corner
 SMALL = "model.layers.0.self_attn.k_proj"      # 32 x 64: fewer rows than the corner
 IDS = torch.arange(48).view(2, 24) % 30

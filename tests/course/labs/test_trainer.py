@@ -16,6 +16,8 @@ from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro, corpora
 from tests.lora.tiny import our_llama
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

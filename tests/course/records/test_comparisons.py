@@ -12,6 +12,8 @@ from lora_edu.course.records.stored import load_record
 from lora_edu.lora.inject import lora_layers
 from lora_edu.lora.targets import PLACEMENTS
 
+pytestmark = pytest.mark.slow
+
 ORIGINAL_TUNE = runs.tune      # the fixture below replaces it
 TINY = {"bistro": {"steps": 2, "every": 1}, "python_docs": {"steps": 2, "every": 1}}
 

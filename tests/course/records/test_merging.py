@@ -14,6 +14,8 @@ from lora_edu.rivals.methods import METHODS
 from lora_edu.rivals.virtual_tokens import apply_prefix
 from tests.lora.tiny import our_llama
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = ["base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)", "adapters (one a block)",
             "prefix"]
 

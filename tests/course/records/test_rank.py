@@ -10,6 +10,8 @@ from lora_edu.course.records import rank
 from lora_edu.course.records.rank import best_of, beyond_the_edge, planted_rank, rank_alpha, rank_seeds, two_rates
 from lora_edu.lora.settings import LoRASettings
 
+pytestmark = pytest.mark.slow
+
 GRID = {"ranks": (1, 8), "rates": (0.05, 0.1, 1e30), "rules": ("2r", "fixed", "rslora"),
         "tasks": {"bistro": {"steps": 3, "every": 2}, "python_docs": {"steps": 2, "every": 1}}}
 PLANTED = {"matrix": "model.layers.1.mlp.down_proj", "planted": (1, 2), "ranks": (1, 2, 3), "rates": (0.02, 0.04),

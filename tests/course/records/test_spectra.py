@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from lora_edu.course.records import spectra
 from lora_edu.course.records.stored import load_record
 
+pytestmark = pytest.mark.slow
+
 PAIR = Path(__file__).resolve().parents[4] / "shared" / "data" / "pair-textgenrnn-charlm"
 
 
