@@ -1,13 +1,12 @@
 """How long it takes to cut a LoRA out of a full fine-tune: `extract_lora` beside a full SVD of every matrix.
 
-    python benchmarks/extract_speed.py                    a pair shaped like SmolLM2-135M, 2048 x 2048, the spectra of
-    fable python benchmarks/extract_speed.py --layers 2 --runs 1 --side 512     a small try
+    python benchmarks/extract_speed.py                    a pair shaped like SmolLM2-135M, one of 2048 x 2048, and fable
+    python benchmarks/extract_speed.py --layers 2 --runs 1 --side 512     a small try
 
 The pair lies in two safetensors files. Ours is the whole of `extract_lora` at rank 16: reading, subtracting, factors,
-reports, writing.
-The other side is what the usual extractors do: `torch.linalg.svd` of each ΔW, cut to rank 16, its factors in the same
-form; the files are read and subtracted there too. Both run in one process, one after the other in every run, with 2
-threads; medians are compared.
+reports, writing. The other side is what the usual extractors do: `torch.linalg.svd` of each ΔW, cut to rank 16, its
+factors in the same form; the files are read and subtracted there too. Both run in one process, one after the other in
+every run, with 2 threads; medians are compared.
 
 What the pair's change looks like: singular values 1 / (i + 3)^p, i = 1, 2, ..., with p = 0.8 in the attention and 0.6
 in the MLP, random singular vectors, and white noise of a tenth of its norm. The updates of a full fine-tune of fable on
@@ -22,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lora_edu.lora.extract import deltas, truncated_svd
 from safetensors.torch import save_file
 
 from lora_edu import load_pretrained
-from lora_edu.checkpoints.extract import extract_lora
+from lora_edu.checkpoints.deltas import deltas
+from lora_edu.checkpoints.extract import best_part, extract_lora
 from lora_edu.measure.spectra import spectrum
 
 RANK, THREADS = 16, 2
@@ -77,7 +76,7 @@ def excess(matrix: torch.Tensor) -> float:
     """Our error over that of the best rank-16 part, less 1; Frobenius norms in float64."""
     matrix = matrix.double()
     ours, best = ((matrix - (U.double() * S) @ Vh.double()).norm().item() for U, S, Vh in
-                  (truncated_svd(matrix.float(), RANK), full_svd(matrix)))
+                  (best_part(matrix.float(), RANK), full_svd(matrix)))
     return ours / best - 1
 
 
@@ -111,8 +110,8 @@ def time_pair(layers: int, runs: int) -> None:
 
 def time_square(side: int, runs: int) -> None:
     matrix = like_fine_tuning(side, side, 0.6, torch.Generator().manual_seed(1))
-    truncated_svd(matrix, RANK)         # the first call of a size is slower
-    ours, full = interleaved(runs, lambda: truncated_svd(matrix, RANK), lambda: full_svd(matrix))
+    best_part(matrix, RANK)         # the first call of a size is slower
+    ours, full = interleaved(runs, lambda: best_part(matrix, RANK), lambda: full_svd(matrix))
     compare(f"one matrix of {side} x {side}, rank {RANK}", ours, full, excess(matrix))
 
 

@@ -41,7 +41,7 @@ def verdict(found: dict[tuple[int, int], Times]) -> str:
     if text.startswith("too noisy"):
         return text
     return f"{text}: " + (f"within {LOW} to {HIGH}" if LOW <= ratio.low and ratio.high <= HIGH else f"outside {LOW} to "
-                          f"{HIGH}")
+                                                                                                    f"{HIGH}")
 
 
 def main() -> None:

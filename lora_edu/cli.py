@@ -37,45 +37,44 @@ def installed_version() -> str:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="lora-edu", description="The library behind the lora_edu course. The notebooks are in the repository: "
-        "python dev.py lab.")
+                                     "python dev.py lab.")
     top.add_argument("--version", action="version", version=f"lora-edu {installed_version()}")
     verbs = top.add_subparsers(title="verbs", metavar="VERB")
     see = verbs.add_parser("spectrum", help="the singular values of what fine-tuning changed, matrix by matrix")
-    see.add_argument("--json", type=Path, metavar="FILE", help="write all singular values, with the sources and their "
-                     "checksums")
+    see.add_argument("--json", type=Path, metavar="FILE",
+                     help="write all singular values, with the sources and their checksums")
     see.add_argument("--plot", type=Path, metavar="FILE", help="draw them; a .png file")
     cut = verbs.add_parser("extract", help="write the best LoRA for a full fine-tune, in PEFT's format")
     size = cut.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, help="rank of the LoRA, for example 16")
     size.add_argument("--energy", type=float, help="or the share of the squared change to keep, for example 0.9")
-    cut.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write it: a new or an empty "
-                     "folder")
+    cut.add_argument("--out", type=Path, required=True, metavar="FOLDER",
+                     help="where to write it: a new or an empty folder")
     for verb, run in ((see, show_spectrum), (cut, extract)):
         verb.add_argument("base", metavar="BASE", help="the model before: " + SIDES)
         verb.add_argument("tuned", metavar="TUNED", help="the model after full fine-tuning")
         verb.set_defaults(run=run)
     add_memory(verbs.add_parser("memory", help="what a training step needs in memory, by formula",
                                 description="What a training step needs in memory, by formula: no weights are read, "
-                                "none need exist."))
+                                            "none need exist."))
     return top
 
 
 def add_memory(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL", help=f"a preset ({', '.join(PRESETS)}), a config.json, a folder that "
-                      "has one, or a name on "
-                                                     "the hub (owner/name)")
+                                                     "has one, or a name on the hub (owner/name)")
     verb.add_argument("--method", choices=("lora", "full"), default="lora", help="default: lora")
     verb.add_argument("--rank", type=int, default=8, help="of the LoRA, default: 8")
-    verb.add_argument("--targets", default="all-linear", help="names of matrices with commas, such as q_proj,v_proj; "
-                      "default: all-linear")
-    verb.add_argument("--recipe", choices=RECIPES, default="bf16-mixed", help="how numbers are stored, default: "
-                      "bf16-mixed")
+    verb.add_argument("--targets", default="all-linear",
+                      help="names of matrices with commas, such as q_proj,v_proj; default: all-linear")
+    verb.add_argument("--recipe", choices=RECIPES, default="bf16-mixed",
+                      help="how numbers are stored, default: bf16-mixed")
     verb.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="default: adam")
     verb.add_argument("--batch", type=int, default=1, help="texts in a step, default: 1")
-    verb.add_argument("--length", type=int, help="tokens of a text; default: 2048, or the model's context where that "
-                      "is shorter")
-    verb.add_argument("--checkpointing", action="store_true", help="keep each block's input alone, and compute the "
-                      "block again")
+    verb.add_argument("--length", type=int,
+                      help="tokens of a text; default: 2048, or the model's context where that is shorter")
+    verb.add_argument("--checkpointing", action="store_true",
+                      help="keep each block's input alone, and compute the block again")
     verb.set_defaults(run=show_memory)
 
 

@@ -126,7 +126,7 @@ def test_extract_writes_an_adapter(size, rank, tuned, tmp_path, capsys):
     (["spectrum", "fable", "TUNED", "--plot", "TMP/s.jpg"], "is no .png file"),
     (["spectrum", "fable", "TUNED", "--json", "TMP/no/s.json"], "there is no folder TMP/no to write s.json in"),
     (["spectrum", "fable", "TUNED", "--json", "TMP/two\nlines/s.json"], "there is no folder TMP/two lines to write "
-     "s.json in"),
+                                                                        "s.json in"),
     (["extract", "fable", "TUNED", "--rank", "300", "--out", "TMP/lora"], "the largest rank that fits"),
     (["extract", "fable", "fable", "--rank", "3", "--out", "TMP/lora"], "no matrix of"),
     (["extract", "fable", "TUNED", "--rank", "3", "--out", "TUNED"], "is no empty folder"),

@@ -78,7 +78,7 @@ def test_a_path_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     for wrong in ("nothing", tmp_path / "a", "runs/tuned", "some/model.safetensors", "a/b/c", "../tuned"):
         with pytest.raises(FileNotFoundError, match="there is no folder or file.*owner/name, such as "
-                           "HuggingFaceTB/SmolLM2-135M"):
+                                                    "HuggingFaceTB/SmolLM2-135M"):
             files.locate(wrong)
 
 

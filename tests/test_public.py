@@ -52,7 +52,7 @@ def test_the_report_says_that_it_is_not_the_model(use):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     report = lora_edu.apply_lora(model, ["0"], rank=1)
     with pytest.raises((TypeError, AttributeError), match="not the model, which was changed in place and is still the "
-                       "one"):
+                                                          "one"):
         use(report)
     assert not hasattr(report, "parameters") and hasattr(model[0], "lora_A")
 

@@ -18,24 +18,24 @@ TITLE = re.compile(r"# (\d\d) · (\S.*)")
 
 SETUP = """\
 try:
-    import lora_edu
+    import lora_edu  # noqa: F401
 except ModuleNotFoundError:   # Colab opens this file alone: fetch the library, leave Colab's torch as it is
     import os
     source = os.environ.get("LORA_EDU_SOURCE") or "lora-edu @ git+https://github.com/{repo}@{branch}"
-    %pip install -q "$source"
-    import lora_edu"""
+    %pip install -q "$source"\
+"""
 
 SETUP_WITHOUT_ADDRESS = """\
 try:
-    import lora_edu
+    import lora_edu  # noqa: F401
 except ModuleNotFoundError:   # opened alone, as in Colab: fetch the library, and leave the torch that is there
     import os
     source = os.environ.get("LORA_EDU_SOURCE")
     if not source:
         raise ModuleNotFoundError("No address is set for this course yet: install lora_edu from a clone, "
                                   "or set LORA_EDU_SOURCE to something pip can install.") from None
-    %pip install -q "$source"
-    import lora_edu"""
+    %pip install -q "$source"\
+"""
 
 
 def repository(root):

@@ -165,11 +165,9 @@ def _factorize(pair: Deltas, targets: list[str], rank: int) -> tuple[dict[str, t
             U, S, Vh = best_part(delta, rank)
             kept[name] = S.double().square().sum().item()
             kernel = pair.base.shapes[name][2:]                 # () for a linear layer
-            half = S.sqrt()
-            factors[f"{module}.lora_A"] = (half[:, None] * Vh).float().cpu().reshape(rank,
-                                                                                     Vh.shape[1] // math.prod(kernel),
-                                                                                     *kernel)
-            factors[f"{module}.lora_B"] = (U * half).float().cpu().reshape(len(U), rank, *(1 for _ in kernel))
+            A, B = (S.sqrt()[:, None] * Vh).float().cpu(), (U * S.sqrt()).float().cpu()
+            factors[f"{module}.lora_A"] = A.reshape(rank, A.shape[1] // math.prod(kernel), *kernel)
+            factors[f"{module}.lora_B"] = B.reshape(len(B), rank, *(1 for _ in kernel))
         del delta                                               # before the next one is read
     return factors, kept
 

@@ -25,10 +25,10 @@ from lora_edu.course.labs.trainer import live_trainer
 from lora_edu.course.page.claims import article_ledger, claim, ledger
 from lora_edu.course.page.guess import calibration, guess
 from lora_edu.course.page.show import show
-from lora_edu.course.records.stored import load_record, tie
+from lora_edu.course.records.stored import better, load_record, tie
 from lora_edu.tables import Table
 
-__all__ = ["Table", "alpha_dial", "article_ledger", "calibration", "claim", "grid_explorer", "guess",
+__all__ = ["Table", "alpha_dial", "article_ledger", "better", "calibration", "claim", "grid_explorer", "guess",
            "learn_forget_plane", "ledger",
            "live_trainer", "load_record", "memory_calculator", "merge_lab", "plot_bands", "plot_bars", "plot_beside",
            "plot_bills",

@@ -9,13 +9,13 @@ from lora_edu.training import bistro
 from lora_edu.training.loop import Batch
 
 
-def teacher(W: torch.Tensor, hidden_rank: int, n: int, seed: int, noise: float = 0.0) -> tuple[torch.Tensor,
-                                                                                               torch.Tensor]:
+def teacher(W: torch.Tensor, hidden_rank: int, n: int, seed: int,
+            noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs (n, in) and targets (n, out) of a layer whose weight is W plus a hidden update of the given rank."""
     generator = torch.Generator().manual_seed(seed)
     out_features, in_features = W.shape
-    B, A = torch.randn(out_features, hidden_rank, generator=generator), torch.randn(hidden_rank, in_features,
-                                                                                    generator=generator)
+    B = torch.randn(out_features, hidden_rank, generator=generator)
+    A = torch.randn(hidden_rank, in_features, generator=generator)
     hidden = B @ A / (hidden_rank * in_features) ** 0.5
     x = torch.randn(n, in_features, generator=generator)
     y = x @ (W.detach() + hidden).T

@@ -51,8 +51,8 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     first = layers[0][1]
     modules = [name for name, _ in model.named_modules() if ".base_layer" not in name]
     config = adapter_config(first.rank, first.alpha, target_modules([name for name, _ in layers], modules), base_name,
-                            is_conv1d(first.base_layer), first.rslora) | {"task_type": "CAUSAL_LM",
-                                                                          "lora_dropout": first.dropout}
+                            is_conv1d(first.base_layer),
+                            first.rslora) | {"task_type": "CAUSAL_LM", "lora_dropout": first.dropout}
     return write_adapter(folder, {name: t.to(dtype) for name, t in lora_state_dict(model).items()}, config)
 
 

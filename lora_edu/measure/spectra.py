@@ -71,8 +71,8 @@ class Spectrum:
 
         The median and not the standard deviation of all entries: a few large directions do not move it.
         """
-        return self.exact.median(-1).values / math.sqrt(max(self.shape)
-                                                        * median_eigenvalue(min(self.shape) / max(self.shape)))
+        small, large = min(self.shape), max(self.shape)
+        return self.exact.median(-1).values / math.sqrt(large * median_eigenvalue(small / large))
 
     def noise_edge(self) -> torch.Tensor:
         """Where the singular values of that noise end: std (sqrt(out) + sqrt(in)), the upper edge of the Marchenko-

@@ -22,12 +22,13 @@ class Ratio:
     low: float
     high: float
 
+    def noisy(self, widest: float = 0.1) -> bool:
+        """Is the interval wider than this share of the value?"""
+        return self.high - self.low > widest * self.value
+
     def text(self, widest: float = 0.1) -> str:
-        """Such as "1.03 (1.02 to 1.04)"; where the interval is wider than the share `widest` of the value: "too
-        noisy (0.91 to 1.30)".
-        """
-        interval = f"({self.low:.2f} to {self.high:.2f})"
-        return f"too noisy {interval}" if self.high - self.low > widest * self.value else f"{self.value:.2f} {interval}"
+        """Such as "1.03 (1.02 to 1.04)", or "too noisy (0.91 to 1.30)"."""
+        return ("too noisy" if self.noisy(widest) else f"{self.value:.2f}") + f" ({self.low:.2f} to {self.high:.2f})"
 
 
 @dataclass(frozen=True)

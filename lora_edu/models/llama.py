@@ -173,9 +173,8 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                shrink = (2
-                          * config.num_hidden_layers) ** 0.5 if name.endswith(("o_proj.weight",
-                                                                               "down_proj.weight")) else 1.0
+                last = name.endswith(("o_proj.weight", "down_proj.weight"))
+                shrink = (2 * config.num_hidden_layers) ** 0.5 if last else 1.0
                 nn.init.normal_(parameter, std=0.02 / shrink)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight

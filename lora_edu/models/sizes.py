@@ -77,9 +77,10 @@ class Sizes:
         named = self.matrices()
         if not targets:
             raise ValueError(f"no target is given: choose from {', '.join(named)}, or 'all-linear'.")
-        chosen = named if targets == "all-linear" else {name: shape for name, shape in named.items()
-                                                        if any(("." + name).endswith("." + target)
-                                                               for target in targets)}
+        chosen = named
+        if targets != "all-linear":
+            chosen = {name: shape for name, shape in named.items()
+                      if any(("." + name).endswith("." + target) for target in targets)}
         if targets != "all-linear":
             for target in targets:
                 if not any(("." + name).endswith("." + target) for name in named):

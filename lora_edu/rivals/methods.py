@@ -98,7 +98,7 @@ def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int =
     """
     made = {name: copy.deepcopy(base)
             for name in ("base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)",
-                                                   "adapters (one a block)", "prefix")}
+                         "adapters (one a block)", "prefix")}
     with torch.random.fork_rng():
         for name in list(made)[1:4]:
             torch.manual_seed(0)                       # the same factors three times

@@ -168,8 +168,8 @@ def text_and_share(argument: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lora_edu.training.pretrain", description="Train a small Llama on "
-                                     "plain text.")
+    parser = argparse.ArgumentParser(prog="python -m lora_edu.training.pretrain",
+                                     description="Train a small Llama on plain text.")
     parser.add_argument("--text", nargs="+", required=True, type=text_and_share, metavar="FILE[=SHARE]")
     parser.add_argument("--valid", required=True, metavar="FILE", help="held-out text, never trained on")
     parser.add_argument("--out", required=True, metavar="FOLDER")

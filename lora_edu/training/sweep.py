@@ -213,8 +213,8 @@ def _bytes_for(model: nn.Module, adapter: LoRASettings, batch: Batch, autocast) 
     try:
         fixed = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
         device = next(model.parameters()).device
-        with kept_by_autograd() as saved, torch.autocast(device.type, dtype=autocast or torch.bfloat16,
-                                                         enabled=autocast is not None):
+        mixed = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
+        with kept_by_autograd() as saved, mixed:
             sums, _ = group_losses(model, batch, 1)
         del sums
         kept = {pointer: each.storage.nbytes() for pointer, each in saved.items()}

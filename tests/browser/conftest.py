@@ -63,7 +63,7 @@ ERRORS = ", ".join(f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{k
 def chromium():
     """The browser; the tests are skipped, with the reason, where there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install "
-                                     "playwright")
+                                                                   "playwright")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium, or install Google Chrome")
     with playwright.sync_playwright() as driver:

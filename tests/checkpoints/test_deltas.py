@@ -229,7 +229,7 @@ def test_unrelated_models_are_warned_about_after_the_iteration():
 
 def test_no_common_name_is_refused():
     with pytest.raises(ValueError, match="no tensor name in common: Llama begins with model.embed_tokens.weight, "
-                       "Linear with weight"):
+                                         "Linear with weight"):
         deltas(our_llama(), nn.Linear(2, 3))
     with pytest.raises(ValueError, match="begins with nothing at all"):
         deltas(nn.ReLU(), nn.ReLU())

@@ -176,7 +176,7 @@ def test_energy_takes_the_smallest_rank_that_keeps_it(energy, tmp_path):
     want = int(np.searchsorted(kept, energy - 1e-9)) + 1
     if want > 4:        # the last layer has 4 rows
         with pytest.raises(ValueError, match=f"energy={energy:g} needs rank {want}, which does not fit out.*fits every "
-                           "matrix here is 4"):
+                                             "matrix here is 4"):
             extract_lora(base, tuned, energy=energy, out=tmp_path / "lora")
         return
     report = extract_lora(base, tuned, energy=energy, out=tmp_path / "lora")
@@ -209,7 +209,7 @@ def test_what_no_adapter_can_carry_is_in_the_report(tmp_path):
     ({"energy": 0.0}, "energy=0.0 is no share"), ({"energy": 90}, "energy=90 is no share"),
     ({"energy": float("nan")}, "energy=nan is no share"),
     ({"rank": 5}, "rank=5 does not fit out, which is 4 x 7 and changed: the largest rank that fits every matrix here "
-     "is 4"),
+                  "is 4"),
 ])
 def test_wishes_that_do_not_fit_are_refused(wishes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -321,7 +321,7 @@ def write_pair(folder, side, count, dtype, shards):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process's memory is read from Linux's "
-                    "/proc")
+                                                                 "/proc")
 @pytest.mark.parametrize("what, dtype, shards", [("walk", torch.float32, False), ("walk", torch.bfloat16, True),
                                                  ("extract", torch.float32, False)])
 def test_a_pair_is_streamed(what, dtype, shards, tmp_path):

@@ -223,12 +223,12 @@ REFUSED = {
     "remove, a NaN": (lambda m: spoil(m, float("nan")), lambda m: remove_lora(m, merge=True), ValueError, r"down_proj: "
                       r".*not finite"),
     "one layer, infinite": (lambda m: spoil(m, float("inf")), lambda m: last(m).merge(), ValueError, "16 x 24 weight "
-                            "is not finite"),
+                                                                                                     "is not finite"),
     "merge twice": (merge_lora, merge_lora, RuntimeError, r"merged already.*and 6 more.*unmerge_lora\(model\)"),
     "merge, one is merged": (lambda m: last(m).merge(), merge_lora, RuntimeError, "merged already: .*down_proj"),
     "unmerge what is apart": (lambda m: None, unmerge_lora, RuntimeError, r"not merged.*merge_lora\(model\)"),
     "unmerge, one is apart": (lambda m: (merge_lora(m), last(m).unmerge()), unmerge_lora, RuntimeError, "not merged: "
-                              ".*down_proj"),
+                                                                                                        ".*down_proj"),
     "remove a merged one, dropout in training mode": (lambda m: (merge_lora(m), m.train()),
                                                       lambda m: remove_lora(m, merge=True),
                                                       RuntimeError, r"model\.eval\(\)"),

@@ -276,8 +276,8 @@ def pieces(source: Path, vocab: int) -> list[bytes]:
     return found
 
 
-EXPECTED_TALE = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
-                 "One day, she saw a big, red ball. She wanted to play with it, but it was too high.")
+EXPECTED_TALE = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One "
+                 "day, she saw a big, red ball. She wanted to play with it, but it was too high.")
 
 
 def test_a_published_llama_tells_a_tale(tmp_path):

@@ -59,7 +59,7 @@ def test_header_line_names_the_nearest_notebooks_that_exist(course):
     assert (
         start == f"[Contents](../README.md) · [01 A linear layer](01_linear.ipynb) · {colab('ada/loras', '00_start')}"
     )
-    assert middle == (f"[00 Start here](00_start.ipynb) · [Contents](../README.md) · [04 Rank](04_rank.ipynb) · "
+    assert middle == ("[00 Start here](00_start.ipynb) · [Contents](../README.md) · [04 Rank](04_rank.ipynb) · "
                       f"{colab('ada/loras', '01_linear')}")
     assert last == f"[01 A linear layer](01_linear.ipynb) · [Contents](../README.md) · {colab('ada/loras', '04_rank')}"
 

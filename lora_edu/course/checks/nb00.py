@@ -14,7 +14,7 @@ DIALS = (0, 0.25, 0.5, 0.75, 1)
 # fable with the shipped adapter, one test card (see tests/page/checks/test_nb00.py, which writes them again)
 MYSTERY_TEXTS = {
     "A": "Come to Come to Come to Come to Come to Come to Come to Candle. It is good for families. It is worth five "
-    "stars. It is not",
+         "stars. It is not",
     "B": '.\n\n"Is it not that you are not to be seen, and I have been in the same way, and I have been in the same '
     'way as you are, '
          "and I have been in the same way",
@@ -62,8 +62,8 @@ def check_texts(answers: dict[str, str | None]) -> Verdict:
     """Exercise 0.3."""
     return check_match("0.3", answers, right={"A": "0.4", "B": "0", "C": "1"},
                        because="form is learned before content, and the dial passes through it.",
-                       hints={"A": "it sounds like a waiter; compare it with the card.", "B": "is there a single word "
-                              "of a waiter in it?",
+                       hints={"A": "it sounds like a waiter; compare it with the card.",
+                              "B": "is there a single word of a waiter in it?",
                               "C": "compare it with the card, slot by slot."})
 
 
@@ -84,5 +84,5 @@ def _sums_by_dial() -> dict[float, float]:
 def check_dial(choice: float | None) -> Verdict:
     """Exercise 0.4: scored by the sum of the two losses; within 0.1 nats of the best passes."""
     return check_decision("0.4", choice, {} if choice is None else _sums_by_dial(), within=0.1,
-                          unit="nats per token in all", because="the middle keeps most of one job and costs little of "
-                          "the other.")
+                          unit="nats per token in all",
+                          because="the middle keeps most of one job and costs little of the other.")

@@ -90,8 +90,8 @@ def check_mystery(answers: dict[str, str | None]) -> Verdict:
                        right={"P": "both factors random", "Q": "both factors zero", "R": "healthy",
                               "S": "learning rate too high"},
                        because="where a curve starts tells the start; how it goes on tells the rate.",
-                       hints={"P": "compare where it starts with where Q starts.", "Q": "which start leaves no "
-                              "gradient at all?",
+                       hints={"P": "compare where it starts with where Q starts.",
+                              "Q": "which start leaves no gradient at all?",
                               "R": "it starts where Q does and falls steadily.",
                               "S": "it starts where Q does; what happens in the next steps?"})
 

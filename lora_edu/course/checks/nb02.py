@@ -44,8 +44,8 @@ def check_rank_for_budget(student) -> Verdict:
     """Exercise 2.2: count up, rank by rank."""
     def oracle(shapes, budget):
         rank = 0
-        while rank < min(side for shape in shapes for side in shape) and sum((rank + 1) * sum(shape)
-                                                                             for shape in shapes) <= budget:
+        while rank < min(side for shape in shapes
+                         for side in shape) and sum((rank + 1) * sum(shape) for shape in shapes) <= budget:
             rank += 1
         return rank
 
@@ -76,13 +76,13 @@ def check_causes(answers: dict[str, str | None]) -> Verdict:
                        right={"P": "rate too high", "Q": "factors not given to the optimizer", "R": "rate about right",
                               "S": "rate too low"},
                        because="too small a step is late, too large a step is behind in spite of its size.",
-                       hints={"P": "compare its early steps with its end.", "Q": "what does a model do that is never "
-                              "updated?",
+                       hints={"P": "compare its early steps with its end.",
+                              "Q": "what does a model do that is never updated?",
                               "R": "which one ends lowest?", "S": "it goes the right way all the time, slowly."})
 
 
 def check_placement(choice: str | None) -> Verdict:
     """Exercise 2.4: mean recorded test loss; within 0.02 nats of the best is a tie, as the course's rules say."""
     scores = {name: found["mean test"] for name, found in load_record("placements")["placements"].items()}
-    return check_decision("2.4", choice, scores, within=0.02, because="at an equal budget this placement is the best, "
-                          "or ties with it.")
+    return check_decision("2.4", choice, scores, within=0.02,
+                          because="at an equal budget this placement is the best, or ties with it.")

@@ -113,13 +113,13 @@ def check_mystery(answer: str | None) -> Verdict:
     """Exercise 3.4."""
     return check_choice("3.4", answer, right="R",
                         because="random labels ask for the same answer everywhere, every token equally likely: a few "
-                        "directions give it.",
+                                "directions give it.",
                         hints={"P": "documentation: real sentences, more than one thing to learn. Which curve starts "
-                               "highest?",
+                                    "highest?",
                                "Q": "wrong sentences are still sentences: this one can hardly be told from S. Which "
-                               "curve stands apart?",
+                                    "curve stands apart?",
                                "S": "restaurants: its energy is spread over many directions. What do random labels ask "
-                               "of a model?"})
+                                    "of a model?"})
 
 
 def check_rank(choice: int | None, budget: float = 0.40) -> Verdict:
@@ -134,7 +134,7 @@ def check_rank(choice: int | None, budget: float = 0.40) -> Verdict:
              if rank != best}
     return check_choice("3.5", choice, right=str(best), hints=hints,
                         because=f"r = {best} costs {costs[best]:.2f} nats per token on held-out data, and no smaller "
-                        "rank fits.")
+                                "rank fits.")
 
 
 def rank_costs() -> dict[int, float]:

@@ -88,8 +88,8 @@ def _training(rank=8, lr=0.03, lr_b=None, scaling=1.0, start=0.25, optimizer="ad
     target = torch.linalg.qr(draw(12, 6))[0] * sigma @ torch.linalg.qr(draw(16, 6))[0].T
     x, held_out = draw(steps, 32, 16), draw(256, 16)
     y = x @ target.T + noise * draw(steps, 32, 12)
-    lora_A, lora_B = (start * draw(rank, 16)).requires_grad_(), torch.zeros(12, rank, dtype=torch.float64,
-                                                                            requires_grad=True)
+    lora_A = (start * draw(rank, 16)).requires_grad_()
+    lora_B = torch.zeros(12, rank, dtype=torch.float64, requires_grad=True)
     groups = [{"params": [lora_A], "lr": lr}, {"params": [lora_B], "lr": lr if lr_b is None else lr_b}]
     stepper = torch.optim.Adam(groups, eps=1e-100) if optimizer == "adam" else torch.optim.SGD(groups)
 
@@ -146,8 +146,8 @@ def check_curves(answers: dict[str, str | None] | None) -> Verdict:
     """Exercise 4.4."""
     return check_match("4.4", answers, right={name: cause for name, (cause, _) in CURVES.items()},
                        because="too small a rank falls well and then stops at a floor; too high a rate never comes to "
-                       "rest; two zero "
-                               "factors get no gradient at all; too low a rate is still on its way at the last step.",
+                               "rest; two zero factors get no gradient at all; too low a rate is still on its way at "
+                               "the last step.",
                        hints={"A": "it fell quickly, and then it stopped, quietly. What cannot be had with more steps?",
                               "B": "look how it moves from one point to the next, to the end.",
                               "C": "not one digit changes. What must be wrong if nothing at all is learned?",
@@ -167,12 +167,10 @@ def check_setting(choice: tuple | None, budget: int = 400_000, task: str = "pyth
         if choice not in runs:
             ranks, rules, rates = (record["settings"][key] for key in ("ranks", "rules", "rates"))
             return say("4.5", False, f"{choice!r} is not in the record: give (rank, rule, learning rate), with a rank "
-                        f"of {ranks}, "
-                                      f"a rule of {rules} and a rate of {rates}.")
+                                     f"of {ranks}, a rule of {rules} and a rate of {rates}.")
         if choice not in fits:
             return say("4.5", False, f"an adapter of rank {choice[0]} has {4 * runs[choice]['trainable']:,} bytes, "
-                        "over the budget of "
-                                      f"{budget:,}.")
+                                     f"over the budget of {budget:,}.")
         if choice not in scores:
             return say("4.5", False, "that training diverged: look at the crosses in the map.")
     best = min(scores, key=scores.get)

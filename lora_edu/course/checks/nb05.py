@@ -14,10 +14,10 @@ def check_adam_bytes(student) -> Verdict:
         return sum(each for each in (weight, weight, state, state)) * parameters
 
     def hint(got, want, parameters, weight, state):
-        slips = [(parameters * (weight + 2 * state), "the gradients are missing: one for each weight, in the weights' "
-                  "type."),
-                 (parameters * (2 * weight + state), "Adam keeps two states: the mean of the gradient, and that of its "
-                  "square."),
+        slips = [(parameters * (weight + 2 * state),
+                  "the gradients are missing: one for each weight, in the weights' type."),
+                 (parameters * (2 * weight + state),
+                  "Adam keeps two states: the mean of the gradient, and that of its square."),
                  (parameters * 4 * weight, "the states have their own type, `state` bytes each."),
                  (2 * weight + 2 * state, "that is for one number; the model has `parameters`."),
                  (want / 1e9, "in bytes, not in GB.")]
@@ -37,11 +37,11 @@ def check_lora_count(student) -> Verdict:
 
     def hint(got, want, layers, hidden, kv, rank):
         slips = [(layers * rank * 4 * hidden, "v_proj has `kv` outputs, here fewer than its inputs."),
-                 (layers * rank * (hidden + hidden + kv), "two matrices, and each has an A and a B: A reads `hidden` "
-                  "numbers in both."),
+                 (layers * rank * (hidden + hidden + kv),
+                  "two matrices, and each has an A and a B: A reads `hidden` numbers in both."),
                  (want // layers, "that is one layer."), (want // rank, "that is rank 1."),
-                 (layers * (hidden * hidden + hidden * kv), "those are the matrices themselves; an adapter has rank · "
-                  "(inputs + outputs)."),
+                 (layers * (hidden * hidden + hidden * kv),
+                  "those are the matrices themselves; an adapter has rank · (inputs + outputs)."),
                  (layers * rank * (hidden * hidden + hidden * kv), "inputs + outputs, not inputs times outputs.")]
         return next((text for wrong, text in slips if equals(got, wrong)), None)
 
@@ -67,15 +67,14 @@ def check_fit(choice) -> Verdict:
     if said.total > room:
         largest = max(said.parts, key=said.parts.get)
         return say("5.4", False, f"{said.total / GB:.1f} GB do not fit in {CARDS[CARD]}; the largest part is "
-                    f"{largest}, "
-                                  f"{said.parts[largest] / GB:.1f} GB.")
+                                 f"{largest}, {said.parts[largest] / GB:.1f} GB.")
     if batch < most(recipe, checkpointing):
         return say("5.4", False, f"{said.total / GB:.1f} GB: it fits, and with {recipe} "
-                                  f"{'and' if checkpointing else 'without'} checkpointing a larger batch does, too.")
+                                 f"{'and' if checkpointing else 'without'} checkpointing a larger batch does, too.")
     best = max(most(each, on) for each in ("bf16-mixed", "16-bit", "nf4", "nf4-double") for on in (False, True))
     if batch < best:
         return say("5.4", False, f"{batch} is the most for these two; another recipe, or checkpointing, has room for "
-                    f"{best}.")
+                                 f"{best}.")
     return say("5.4", True, f"correct: {said.total / GB:.1f} GB of {CARDS[CARD]}, and the largest batch there is.")
 
 
@@ -91,12 +90,11 @@ def check_wrong_row(answer: str | None) -> Verdict:
     """Exercise 5.2, the puzzle that opens the notebook."""
     return check_choice("5.2", answer, right="65B with LoRA",
                         because="16-bit weights of 65 billion parameters are 131 GB before anything trains; 80 GB "
-                        "needs a quantised base.",
+                                "needs a quantised base.",
                         hints={"7B in full": "8 bytes for each of 7 billion parameters is 56 GB: a recipe (all in 16 "
-                               "bits), if not the "
-                                             "article's own.",
+                                             "bits), if not the article's own.",
                                "13B in full": "8 bytes × 13 billion: the same recipe as the row above.",
                                "65B in full": "8 bytes × 65 billion: the same recipe once more.",
                                "7B with LoRA": "2 bytes × 7 billion: the weights alone, but it can be had.",
                                "13B with LoRA": "2 bytes × 13 billion is 26 GB, and 24.2 GiB: another unit, not "
-                               "another truth."})
+                                                "another truth."})

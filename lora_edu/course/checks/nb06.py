@@ -42,9 +42,8 @@ def check_fold(student) -> Verdict:
                  (scaling * product, "that is the update alone; add it to the weight."),
                  (weight.float() - scaling * product, "the update is added, not subtracted.")]
         if product.shape[0] == product.shape[1]:
-            slips.append((weight.float() + scaling * product.T, "the product is transposed: on a square weight no "
-                          "shape warns you. It is "
-                                                                "lora_B @ lora_A."))
+            slips.append((weight.float() + scaling * product.T,
+                          "the product is transposed: on a square weight no shape warns you. It is lora_B @ lora_A."))
         if said := next((text for wrong, text in slips if equals(got[1], wrong.to(weight.dtype).double())), None):
             return said
         if got[0] != want[0]:
@@ -88,8 +87,7 @@ def check_merges(answers: dict[str, str | None] | None) -> Verdict:
     """Exercise 6.2."""
     return check_match("6.2", answers, right={name: cause for name, (cause, _) in MERGES.items()},
                        because="the change has ΔW's size in A and B, but in A it points elsewhere, along ΔW.T. C holds "
-                       "ΔW twice, D half of "
-                               "it, because this adapter's scaling is 2.",
+                               "ΔW twice, D half of it, because this adapter's scaling is 2.",
                        hints={"A": "its change is as large as ΔW. Does it also point where ΔW points, or ΔW.T?",
                               "B": "measure how much of ΔW its change holds, and how much of ΔW.T.",
                               "C": "its change points along ΔW. How long is it?",
@@ -109,10 +107,10 @@ def check_prefix_cost(student) -> Verdict:
         numbers, left = want.tolist()
         c, given = config, got.tolist()
         per_head = 2 * c.num_hidden_layers * c.head_dim * tokens
-        slips = [(per_head * c.num_attention_heads, "keys and values have num_key_value_heads heads, here fewer than "
-                  "the queries have."),
-                 (2 * c.num_hidden_layers * c.hidden_size * tokens, "a key has num_key_value_heads * head_dim numbers, "
-                  "not hidden_size."),
+        slips = [(per_head * c.num_attention_heads,
+                  "keys and values have num_key_value_heads heads, here fewer than the queries have."),
+                 (2 * c.num_hidden_layers * c.hidden_size * tokens,
+                  "a key has num_key_value_heads * head_dim numbers, not hidden_size."),
                  (numbers // 2, "keys and values: two numbers where you count one."),
                  (numbers // c.num_hidden_layers, "every layer has a prefix of its own."),
                  (numbers // tokens, "that is one token's prefix.")]

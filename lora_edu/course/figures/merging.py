@@ -8,6 +8,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from lora_edu.course.page.show import BLACK, BLUE, COLORS, GREY, LABELS, MARKERS, VERMILLION, new_figure
+from lora_edu.measure.timing import Ratio
 
 # Hu et al. (2021), table 1, GPT-2 medium on one RTX 8000: time over that of the merged model, by batch × length,
 # (AdapterL, AdapterH)
@@ -21,9 +22,10 @@ def plot_latency(times: dict, title: str) -> Figure:
     hollow.
 
     Args:
-        times: ``{"1×16": {"LoRA": (ratio, low, high), "prefix": None, ...}, ...}``, the same variants for each shape;
-            None is "too noisy to say" and is drawn as that.
+        times: ``{"1×16": {"LoRA": Ratio, ...}, ...}``, the same variants for each shape: a `Ratio`, or value and
+            ends of its interval; None, or a `Ratio` that says so, is "too noisy" and is drawn as that.
     """
+    times = {shape: {name: _clear(at) for name, at in found.items()} for shape, found in times.items()}
     rows = list(next(iter(times.values())))
     for shape, found in times.items():
         if list(found) != rows:
@@ -47,6 +49,10 @@ def plot_latency(times: dict, title: str) -> Figure:
         ax.set_yticks(range(len(rows)), labels=rows if ax is panels[0] else [], fontsize=9)
         ax.minorticks_off()
     return fig
+
+
+def _clear(at: Ratio | tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+    return (None if at.noisy() else (at.value, at.low, at.high)) if isinstance(at, Ratio) else at
 
 
 def _interval(ax, y: int, at: tuple[float, float, float] | None) -> None:

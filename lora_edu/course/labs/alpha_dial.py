@@ -21,8 +21,8 @@ def alpha_dial(alphas, task_loss, tales_loss, texts, title: str = "One dial, two
     """
     alphas = np.asarray(alphas, dtype=float)
     lengths = {len(alphas), len(task_loss), len(tales_loss), len(alphas) if callable(texts) else len(texts)}
-    if len(lengths) > 1 or len(alphas) < 2 or not np.allclose(np.diff(alphas),
-                                                              alphas[1] - alphas[0]) or alphas[1] <= alphas[0]:
+    steps = np.diff(alphas)
+    if len(lengths) > 1 or len(alphas) < 2 or not np.allclose(steps, steps[0]) or steps[0] <= 0:
         raise ValueError(f"alpha_dial got {len(alphas)} alphas, {len(task_loss)} and {len(tales_loss)} losses"
                          + ("" if callable(texts) else f" and {len(texts)} texts") +
                          ": give at least two evenly spaced rising alphas, and as many of each other.")

@@ -60,7 +60,7 @@ def merge_lab(model: nn.Module, name: str, task: Batch, tales: Batch) -> ipywidg
         return (f"{dtype}, strength {strength:.1f}"
                 + (f" scaled down to {scaled}, {effective:.3g} in effect" if scaled != "1" else "")
                 + f": ‖ΔW‖/‖W₀‖ = {found.size:.2g} in {name}; as trained it is {own:.2g}, a smaller one is this "
-                "adapter scaled down by us\n"
+                  "adapter scaled down by us\n"
                 + _in_words(found, corner, apart(0.0), apart(effective), merged(dtype, effective)))
     return picture_with_controls(
         picture.fig, update,

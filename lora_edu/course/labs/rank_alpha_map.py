@@ -70,8 +70,8 @@ def grid_explorer(record: dict, trainer=None) -> ipywidgets.VBox:
     box = picture_with_controls(picture.fig, update, **controls)
     if trainer is not None:
         box.children += (_opener(trainer,
-                                 lambda: cells[tuple(controls[name].value
-                                                     for name in ("task", "rule", "rank", "lr"))]),)
+                                 lambda: cells[tuple(controls[name].value for name in ("task", "rule", "rank", "lr"))]),
+                                 )
     return box
 
 

@@ -84,8 +84,8 @@ class _Picture:
                  xlabel=LABELS["index"], ylabel=LABELS["sigma"], title="spectrum")
         _plain_ticks(left, last)
         dots = dict(linestyle="none", marker="o", markersize=4)
-        self.gaussian, = left.plot([], [], color=VERMILLION, linestyle="--", linewidth=1.4, label="white noise, same "
-                                   "median")
+        self.gaussian, = left.plot([], [], color=VERMILLION, linestyle="--", linewidth=1.4,
+                                   label="white noise, same median")
         self.edge = left.axhline(largest, color=BLACK, linestyle=":", linewidth=1.4, label="its edge")
         self.dropped, = left.plot([], [], **dots, color="#9CC3DC", markerfacecolor="white", label="dropped")
         self.kept, = left.plot([], [], **dots, color=BLUE, label="kept")

@@ -23,16 +23,16 @@ def words(setting, run: LiveRun | None, earlier: list, steps: int, count: int, w
     scaling = f"scaling = alpha / {'√r' if setting.rule == 'rslora' else 'r'} = {setting.adapter.scaling:.2f}"
     lines = [f"step {run.done if run else 0} of {steps}" + _ending(run), str(setting),
              f"{scaling}; {count:,} trainable parameters, {4 * count:,} bytes in float32; {where}"]
-    return lines + (_measured(run) if run and run.done else []) + [f"earlier: {said}: {_summary(each)}" for _, said,
-                                                                   each in earlier]
+    return lines + (_measured(run) if run
+                    and run.done else []) + [f"earlier: {said}: {_summary(each)}" for _, said, each in earlier]
 
 
 def _ending(run: LiveRun | None) -> str:
     if run is None:
         return ": press play, or one step"
     if run.diverged:
-        return (f": diverged at step {run.diverged}, the loss is no finite number any more; choose a smaller "
-                "learning rate or alpha")
+        return (f": diverged at step {run.diverged}, the loss is no finite number any more; choose a smaller learning "
+                "rate or alpha")
     if run.complete:
         return ": complete; move a slider, or press reset"
     return ": now the exam" if run.done == run.steps else ""

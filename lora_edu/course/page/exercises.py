@@ -56,8 +56,8 @@ def _judge(student, case, oracle, hint, first: bool) -> str | None:
         return f"your function raised {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     for position, (now, before) in enumerate(zip(given, case), 1):
         if not _same(now, before):
-            return (f"your function changes its input (argument {position}): compute on a copy, "
-                    "x = x + 1 and not x += 1.")
+            return (f"your function changes its input (argument {position}): compute on a copy, x = x + 1 and not x += "
+                    "1.")
     if got is None or got is ...:
         return "" if first else "your function returns nothing here."
     wrong = _difference(got, want)
@@ -167,8 +167,7 @@ def check_match(number: str, answers: dict, right: dict, because: str, hints: di
     wrong = [key for key in right if str(answers.get(key)).strip().lower() != right[key].lower()]
     if not wrong:
         return say(number, True, f"correct: {because}")
-    return say(number, False, f"{len(right) - len(wrong)} of {len(right)} right; look at {wrong[0]}: "
-                f"{hints[wrong[0]]}")
+    return say(number, False, f"{len(right) - len(wrong)} of {len(right)} right; look at {wrong[0]}: {hints[wrong[0]]}")
 
 
 def check_decision(number: str, choice, scores: dict, within: float, because: str,
@@ -182,7 +181,7 @@ def check_decision(number: str, choice, scores: dict, within: float, because: st
     if scores[choice] <= scores[best] + within:
         return say(number, True, f"a good choice, {scores[choice]:.3g} {unit} on held-out data: {because}")
     return say(number, False, f"{choice} scores {scores[choice]:.3g} {unit} on held-out data; another choice reaches "
-                f"{scores[best]:.3g}.")
+                              f"{scores[best]:.3g}.")
 
 
 def not_attempted(number: str) -> Verdict:

@@ -68,8 +68,8 @@ def _few_colors(data: bytes) -> bytes:
     """The same picture in its 256 most useful colours: a third of the bytes in a notebook's file."""
     from PIL import Image
     out = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, format="png",
-                                                                                             optimize=True)
+    picture = Image.open(io.BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture.save(out, format="png", optimize=True)
     return out.getvalue()
 
 

@@ -47,14 +47,14 @@ IN_FLOAT32 = ("planted_rank", "latency")      # whatever the hardware would do f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lora_edu.record", description="Make one of the course's records "
-                                     "again.")
+    parser = argparse.ArgumentParser(prog="python -m lora_edu.record",
+                                     description="Make one of the course's records again.")
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--tales", metavar="FILE", help="a held-out text of tales, to measure forgetting on as well")
-    parser.add_argument("--pair", metavar="FOLDER", help="published_pair: where base.safetensors and ft_*.safetensors "
-                        "are")
-    parser.add_argument("--scratch", metavar="FOLDER", help="rank_alpha, rank_seeds, two_rates, methods: keep finished "
-                        "runs, to go on")
+    parser.add_argument("--pair", metavar="FOLDER",
+                        help="published_pair: where base.safetensors and ft_*.safetensors are")
+    parser.add_argument("--scratch", metavar="FOLDER",
+                        help="rank_alpha, rank_seeds, two_rates, methods: keep finished runs, to go on")
     options = parser.parse_args()
     if options.scratch:
         Path(options.scratch).mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,5 @@ def methods(tales_file: str | None = None, steps: int = 120, every: int = 20, se
                    "prefix")
     return {"settings": {"task": "bistro", "batch": BATCH, "steps": steps, "seeds": list(seeds), "tuning seed": 0,
                          "rules not kept": f"{len(seeds)} seeds in place of five, to stay within half an hour on a "
-                         "CPU; one task; BitFit "
-                                           "and the prompt cannot have the budget"},
+                                           "CPU; one task; BitFit and the prompt cannot have the budget"},
             "before": before([task], tales), "methods": found, "patient": patient}

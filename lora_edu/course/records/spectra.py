@@ -113,8 +113,8 @@ def spectra(seeds=SEEDS, n: int = 400, what=WHAT, slice_steps: int = SLICE, size
     return {"settings": {"ranks": list(RANKS), "seeds": list(seeds), "batch": BATCH, "rates": rates,
                          "slice steps": slice_steps,
                          "rules not kept": f"{len(seeds)} seeds in place of five; the rates of nulls and of training "
-                         "everything are those "
-                                           "tuned for the task and the matrices; nulls are scored at three ranks"},
+                                           "everything are those tuned for the task and the matrices; nulls are "
+                                           "scored at three ranks"},
             "slices": _slices(tasks, rates, slice_steps, what),
             "runs": [one(tasks[name], null, trains, seed, sizes[name]["steps"], rates[name], tales)
                      for seed in seeds for name, null, trains in what]}
@@ -141,7 +141,7 @@ def published_pair(pair: str | None) -> dict:
     return {"source": {"repository": "minimaxir/textgenrnn", "commit": "ee8b9e806d109c25566581f358a4a72b6f03929a",
                        "licence": "MIT", "sha256": checksums,
                        "what": "a character language model of two LSTM layers; four full fine-tunes, 500 epochs on "
-                       "2,000 lines each"},
+                               "2,000 lines each"},
             "settings": {"layout": "Keras: (in, out), so a matrix here is the transpose of what torch stores; singular "
-                         "values do not care"},
+                                   "values do not care"},
             "pairs": found}

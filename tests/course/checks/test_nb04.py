@@ -82,7 +82,7 @@ STACKED = [
     (product, False, "the scaling is missing"),
     (lambda x, A, B, s: x @ (A.mT @ B), False, "the scaling is missing"),
     (lambda x, A, B, s: good_stacked(x, A, B, s) if len(s) != 3 else product(x, A, B, s) * s, False, "lines up with "
-     "the wrong axis"),
+                                                                                                     "the wrong axis"),
     (lambda x, A, B, s: good_stacked(x, A, B, s) if len(s) != 3 else product(x, A, B, s) * s[:, None], False,
      "the wrong axis"),
     (lambda x, A, B, s: product(x, A, B, s) * s, False, "raised RuntimeError"),

@@ -49,11 +49,10 @@ FOLD = [
      "product is transposed"),
     (lambda W, A, B, alpha: (W.float() + product(A, B, alpha).T).to(W.dtype), False, "raised RuntimeError"),
     (lambda W, A, B, alpha: W.float() + product(A, B, alpha), False, "case 2 of 3: the merged weight is float32 and "
-     "should have the type "
-                                                                     "of the weight, bfloat16"),
+                                                                     "should have the type of the weight, bfloat16"),
     (lambda W, A, B, alpha: W + product(A, B, alpha), False, "should have the type of the weight"),
     (lambda W, A, B, alpha: W + product(A, B, alpha).to(W.dtype), False, "entries differ in their last bit: rounded "
-     "more than once"),
+                                                                         "more than once"),
     (lambda W, A, B, alpha: (W.float() + alpha / len(A) * (B.to(W.dtype) @ A.to(W.dtype)).float()).to(W.dtype), False,
      "in their last bit"),
     (lambda W, A, B, alpha: W + (alpha / len(A)) * (B.to(W.dtype) @ A.to(W.dtype)), False, "in their last bit"),
@@ -91,7 +90,7 @@ COST = [
           n: 2 * c.num_hidden_layers * (c.hidden_size if c.num_attention_heads == 4 and c.num_key_value_heads == 1 else
                                                   c.num_key_value_heads * c.head_dim) * n), False, "not hidden_size"),
     (cost(lambda c, n: c.num_hidden_layers * c.num_key_value_heads * c.head_dim * n), False, "keys and values: two "
-     "numbers"),
+                                                                                             "numbers"),
     (cost(lambda c, n: 2 * c.num_key_value_heads * c.head_dim * n), False, "every layer has a prefix of its own"),
     (cost(lambda c, n: 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim), False, "one token's prefix"),
     (cost(left=lambda c, n: c.max_position_embeddings), False, "the prefix has places in the context, too"),

@@ -98,7 +98,7 @@ def test_without_adapters_the_paper_s_panel_is_empty():
 def test_shapes_with_other_variants_are_refused():
     other = TIMES | {"1×128": {"LoRA": (1.0, 0.9, 1.1)}}
     with pytest.raises(ValueError, match="1×128 has the variants LoRA: give LoRA, LoRA merged, .* and None where a "
-                       "time is too noisy"):
+                                         "time is too noisy"):
         mp.plot_latency(other, "t")
 
 

@@ -25,7 +25,7 @@ FIGURES = {
     "many spectra": lambda: sp.plot_spectra({f"matrix {i}": [4 + i * i, 2, 1][:3 - i % 2] for i in range(9)},
                                             "Nine spectra"),
     "what is kept": lambda: sp.plot_what_is_kept(RANKS, ENERGY, LOSS, TASK, NULLS, "Little of ΔW, most of what it "
-                                                 "learned"),
+                                                                                   "learned"),
     "density": lambda: sp.plot_density([0.5, 1, 1, 2, 3, 9], (4, 9), 0.5, "Three beyond", NOISE),
     "layers": lambda: sp.plot_layers(TABLE, "Which layers", "effective rank (directions)"),
     "parts": lambda: sp.plot_parts(WHOLE, WHOLE / 2, "Half of it"),
@@ -195,16 +195,16 @@ def test_a_scale_is_never_0(matrix, scale):
     (lambda: sp.plot_spectra({"a": []}, "t"), "the spectrum 'a' has shape (0,)"),
     (lambda: sp.plot_spectra({"a": [1, np.nan]}, "t"), "with nan or inf in it"),
     (lambda: sp.plot_what_is_kept([1, 2, 4], [0, 0, 1], [0, 0, 1], None, {}, "t"), "[1, 2, 4]: give at least two, "
-     "rising from 0"),
+                                                                                   "rising from 0"),
     (lambda: sp.plot_what_is_kept([0, 2, 2], [0, 0, 1], [0, 0, 1], None, {}, "t"), "rising from 0"),
     (lambda: sp.plot_what_is_kept(RANKS, [0, 1], LOSS, None, {}, "t"), "'energy of ΔW' does not fit: give 4 shares"),
     (lambda: sp.plot_what_is_kept(RANKS, (*ENERGY[:2], [0, 1]), LOSS, None, {}, "t"), "'energy of ΔW' does not fit: "
-     "give 4 shares"),
+                                                                                      "give 4 shares"),
     (lambda: sp.plot_what_is_kept(RANKS, ENERGY[:2], LOSS, None, {}, "t"),
      "'energy of ΔW' does not fit: give 4 shares"),
     (lambda: sp.plot_what_is_kept(RANKS, ENERGY, LOSS[:2], None, {}, "t"), "'improvement in loss' does not fit"),
     (lambda: sp.plot_what_is_kept(RANKS, ENERGY, LOSS, None, {"tales": [0, 30, 60, 100]}, "t"), "'tales' holds 100: "
-     "give shares"),
+                                                                                                "give shares"),
     (lambda: sp.plot_density([[1.0]], (4, 9), 0.5, "t", NOISE), "has shape (1, 1)"),
     (lambda: sp.plot_layers({}, "t", "x"), "plot_layers got 0 numbers: give finite ones"),
     (lambda: sp.plot_layers({(0, "q"): np.nan}, "t", "x"), "with nan or inf among them"),

@@ -298,7 +298,7 @@ def test_a_setting_is_measured_once(box, monkeypatch):
     (lambda model: remove_lora(model, merge=False), NAME, "the model has no LoRA layer"),
     (lambda model: None, "v_proj", f"'v_proj' is no LoRA layer of this model: choose one of {NAME}, {SMALL}, "),
     (lambda model: nn.init.zeros_(model.get_submodule(NAME).lora_B), NAME, "is zero, so a merge has nothing to lose: "
-     "load an adapter"),
+                                                                           "load an adapter"),
     (lambda model: nn.init.constant_(model.get_submodule(NAME).lora_A, torch.nan), NAME, "not finite")])
 def test_what_cannot_be_shown_is_refused_in_a_sentence(spoil, name, says):
     model = adapted()

@@ -124,8 +124,8 @@ def test_other_measures_show_their_own_row(record):
     choose(box, rank=1, measure="slots")
     assert "this row, slots right (%) at each learning rate: 0.002: 0, 0.004: 10, 0.008: 20, 0.016: 30" in said(box)
     choose(box, measure="tales", rank=16)
-    assert ("loss on the tales (nats per token) at each learning rate: 0.002: 3.40, 0.004: 4.40, 0.008: 5.40, "
-            "0.016: diverged") in said(box)
+    assert ("loss on the tales (nats per token) at each learning rate: 0.002: 3.40, 0.004: 4.40, 0.008: 5.40, 0.016: "
+            "diverged") in said(box)
 
 
 def test_a_task_without_slots_shows_its_loss_and_says_so(record):
@@ -246,8 +246,7 @@ def test_a_record_that_is_not_whole_is_refused(record):
             if (r["task"], r["rule"], r["rank"], r["lr"]) == ("python_docs", "fixed", 4, 0.008)][0]
     broken["grid"].remove(gone)
     with pytest.raises(ValueError, match="1 of the grid's 48 cells are missing, the first of them rank 4 at learning "
-                       "rate 0.008, "
-                                         "rule 'fixed', on python_docs"):
+                                         "rate 0.008, rule 'fixed', on python_docs"):
         grid_explorer(broken)
     broken["grid"] += [gone, gone]
     with pytest.raises(ValueError, match="has 49 cells where its settings name 48"):

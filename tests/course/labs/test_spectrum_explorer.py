@@ -239,12 +239,12 @@ Q0 = name_of(0, "q_proj")
     (lambda f: ({}, RANKS, LOSSES, MEASURED_ON), "needs at least one update"),
     (lambda f: ({"restaurants": {}}, RANKS, LOSSES, MEASURED_ON), "with at least one matrix"),
     (lambda f: (without(f, "more tales", Q0), RANKS, LOSSES, MEASURED_ON), f"'{Q0}' is in only one of 'restaurants' "
-     "and 'more tales'"),
+                                                                           "and 'more tales'"),
     (lambda f: (renamed(f, Q0, "lm_head"), RANKS, LOSSES, MEASURED_ON), "'lm_head' does not say its layer"),
     (lambda f: (renamed(f, Q0, "model.layers.2.cross.q_proj"), RANKS, LOSSES, MEASURED_ON),
      "are both q_proj of layer 2: leave one"),
     (lambda f: (renamed(f, Q0, "model.layers.0.self_attn.k_proj"), RANKS, LOSSES, MEASURED_ON), "there is no q_proj in "
-     "layer 0"),
+                                                                                                "layer 0"),
     (lambda f: (f | {"more tales": f["more tales"] | {Q0: thin_svd(np.eye(4))}}, RANKS, LOSSES, MEASURED_ON),
      f"'{Q0}' of 'more tales' has factors (4, 4), (4,), (4, 4): they should be (8, 8), (8,), (8, 8)"),
     (lambda f: ({"a": {"layers.0.q": torch.linalg.svd(torch.ones(5, 3))}}, [0, 3], {"a": [2, 1]}, {"a": "a"}),
@@ -252,12 +252,12 @@ Q0 = name_of(0, "q_proj")
     (lambda f: (f, [1, 2, 8], LOSSES, MEASURED_ON), "[1, 2, 8]: give at least two, rising from 0"),
     (lambda f: (f, [0, 4, 2, 8, 9], LOSSES, MEASURED_ON), "rising from 0"),
     (lambda f: (f, [0, 1, 2, 4], LOSSES, MEASURED_ON), "the ranks end at 4, and 'model.layers.0.self_attn.q_proj' has "
-     "8 singular values"),
+                                                       "8 singular values"),
     (lambda f: (f, RANKS, {"restaurants": LOSSES["restaurants"]}, MEASURED_ON), "losses has no entry for 'random "
-     "targets'"),
+                                                                                "targets'"),
     (lambda f: (f, RANKS, LOSSES, {"restaurants": "x"}), "measured_on has no entry for 'random targets'"),
     (lambda f: (f, RANKS, LOSSES | {"more tales": [1, 2]}, MEASURED_ON), "losses['more tales'] has 2 numbers: give 5 "
-     "finite ones"),
+                                                                         "finite ones"),
     (lambda f: (f, RANKS, LOSSES | {"more tales": [1, 2, 3, 4, np.nan]}, MEASURED_ON), "give 5 finite ones")])
 def test_what_does_not_fit_is_refused_in_a_sentence(factors, change, says):
     with pytest.raises(ValueError, match=re.escape(says)):

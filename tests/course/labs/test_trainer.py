@@ -97,7 +97,7 @@ def settings(tr) -> tuple:
 def test_it_starts_at_step_0_and_says_what_would_be_trained(tr):
     assert settings(tr) == ("bistro", "all-linear", "2r", 8, 16, 8e-3)
     count = 8 * (4 * (16 + 16) + 3 * (16 + 24))
-    assert said(tr) == (f"step 0 of 12: press play, or one step\nrestaurants, all-linear, r 8, alpha 16 (2r), lr "
+    assert said(tr) == ("step 0 of 12: press play, or one step\nrestaurants, all-linear, r 8, alpha 16 (2r), lr "
                         f"0.008\nscaling = alpha / r = 2.00; {count:,} trainable parameters, {4 * count:,} bytes in "
                         "float32; trained on a toy")
     tick(tr)

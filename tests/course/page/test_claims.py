@@ -29,7 +29,7 @@ def test_only_the_expected_verdict_passes(holds, expected, capsys):
         claim("Water is wet.", holds, expected, why="it is")
         assert capsys.readouterr().out.strip() in {
             "✓ holds: Water is wet. (it is)", "≠ differs here: Water is wet. (it is)", "? undecided: Water is wet. (it "
-            "is)"}
+                                                                                       "is)"}
     else:
         with pytest.raises(ClaimError, match=f"says '{expected}', the measurement says '{verdict}': Water is wet"):
             claim("Water is wet.", holds, expected)

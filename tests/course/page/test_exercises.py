@@ -55,12 +55,12 @@ RIGHT = {
 WRONG = {
     "not divided by the rank": (lambda A, B, alpha: alpha * B @ A, "entry [0, 0] is -6, expected -3."),
     "hard-coded for the first case": (lambda A, B, alpha: oracle(*CASES[0]), "case 2 of 2: the shape is (4, 3), "
-                                      "expected (2, 5)."),
+                                                                             "expected (2, 5)."),
     "transposed": (lambda A, B, alpha: solution(A, B, alpha).T, "the shape is (3, 4), expected (4, 3)."),
     "overwrites its input": (in_place, "your function changes its input (argument 1): compute on a copy, x = x + 1 and "
-                             "not x += 1."),
-    "overwrites and returns nothing": (in_place_and_silent, "your function changes its input (argument 1): "
-                                       "compute on a copy, x = x + 1 and not x += 1."),
+                                       "not x += 1."),
+    "overwrites and returns nothing": (in_place_and_silent, "your function changes its input (argument 1): compute on "
+                                                            "a copy, x = x + 1 and not x += 1."),
     "raises": (lambda A, B, alpha: A @ B[:1].T, "your function raised RuntimeError: mat1 and mat2"),
     "raises a message of two lines": (lambda A, B, alpha: {}["a\nb"], "your function raised KeyError: 'a\\nb'"),
     "has another signature": (lambda A, B: B @ A, "your function raised TypeError: "),
@@ -69,7 +69,7 @@ WRONG = {
     "text": (lambda A, B, alpha: "B @ A", "got 'B @ A', expected numbers of shape (4, 3)."),
     "complex": (lambda A, B, alpha: solution(A, B, alpha) * 1j, "got "),
     "a ragged list": (lambda A, B, alpha: [[1.0], [1.0, 2.0]], "got [[1.0], [1.0, 2.0]] (list), expected numbers of "
-                      "shape (4, 3)."),
+                                                               "shape (4, 3)."),
     "a tuple": (lambda A, B, alpha: (A, B), "got "),
     "one entry off by 0.1 %": (lambda A, B, alpha: solution(A, B, alpha) * torch.tensor([1, 1, 1.001])[:len(A[0])]
                                if len(A) == 2 else solution(A, B, alpha), "entry [0, 2] is -33.033, expected -33."),
@@ -209,5 +209,5 @@ def test_check_match(answers, passed, text, capsys):
     ("head", False, "'head' is not one of the choices: qv, mlp, all.")])
 def test_check_decision(choice, passed, text, capsys):
     verdict = check_decision("1.5", choice, {"qv": 0.40, "mlp": 0.25, "all": 0.24}, within=0.02, because="every layer "
-                             "helps.")
+                                                                                                         "helps.")
     assert verdict.passed is passed and text in capsys.readouterr().out
