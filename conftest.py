@@ -28,7 +28,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that this run leaves out are deselected, and so no skips."""
+    """Tests that this run leaves out are deselected, and so no skips. The longest files come first: with several
+    workers no one of them is left alone with a notebook at the end.
+    """
     left = set() if config.getoption("--full") else {"full"}
     left |= {"slow", "browser", "notebook"} if config.getoption("--quick") else set()
 
@@ -38,6 +40,7 @@ def pytest_collection_modifyitems(config, items):
     if leaving:
         config.hook.pytest_deselected(items=leaving)
         items[:] = [item for item in items if not out(item)]
+    items.sort(key=lambda item: (item.get_closest_marker("browser") is None, ".ipynb" not in item.nodeid))
 
 
 def strict():

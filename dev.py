@@ -229,7 +229,9 @@ def test(more):
     if more != options:
         return run(command, child_env(LORA_EDU_DEVICE="cpu"))
     # a notebook's cells stay together
-    command += ["-n", str(max(1, min(os.cpu_count() or 1, 4))), "--dist", "loadfile"]
+    workers = max(1, min(os.cpu_count() or 1, 4))
+    # a notebook's cells stay together, and the files keep the order of conftest.py
+    command += ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
     return run(command, child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1"))
 
 

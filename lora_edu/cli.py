@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("tuned", metavar="TUNED", help="the model after full fine-tuning")
         verb.set_defaults(run=run)
     add_memory(verbs.add_parser("memory", help="what a training step needs in memory, by formula",
-                                description="What a training step needs in memory, by formula: no weights are read, "
-                                            "none need exist."))
+                                description="What a training step needs in memory, by formula: "
+                                            "no weights are read, none need exist."))
     return top
 
 
@@ -139,8 +139,8 @@ def show_spectrum(args: argparse.Namespace) -> None:
     if args.plot:
         from lora_edu.course.figures.spectra import plot_spectra
         from lora_edu.course.page.show import png  # matplotlib, only for a picture
-        figure = plot_spectra({name: each["singular_values"] for name, each in measured.items()}, title=f"{args.base} "
-                              f"to {args.tuned}")
+        curves = {name: each["singular_values"] for name, each in measured.items()}
+        figure = plot_spectra(curves, title=f"{args.base} to {args.tuned}")
         write_whole(args.plot, lambda half: half.write_bytes(png(figure)))
 
 

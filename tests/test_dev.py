@@ -208,7 +208,7 @@ def test_a_whole_run_is_shared_by_workers_of_one_thread(course, monkeypatch, opt
     monkeypatch.setattr(dev.os, "cpu_count", lambda: 2)
     assert dev.main(["test", *options]) == 0
     (command, env), = seen
-    assert command[-4:] == ["-n", "2", "--dist", "loadfile"] and env["OMP_NUM_THREADS"] == "1"
+    assert command[-5:] == ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"] and env["OMP_NUM_THREADS"] == "1"
     assert ("--nbval" in command) == notebooks and set(options) < set(command)
 
 

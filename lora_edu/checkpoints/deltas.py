@@ -178,8 +178,8 @@ class Deltas:
         if cosines and abs(sum(cosines) / len(cosines)) < RELATED:
             warnings.warn(f"{self.base.source} and {self.tuned.source} look unrelated: the mean cosine of their "
                           f"matrices is {sum(cosines) / len(cosines):.3f}, and a model and its fine-tune have nearly "
-                          "1. The difference of two models trained apart says nothing about "
-                          "fine-tuning.", stacklevel=3)
+                          "1. The difference of two models trained apart "
+                          "says nothing about fine-tuning.", stacklevel=3)
 
     @cached_property
     def others(self) -> list[Other]:

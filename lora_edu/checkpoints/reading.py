@@ -33,8 +33,8 @@ class TensorsInMemory:
 
     def get(self, name: str) -> torch.Tensor:
         if self.tensors[name].is_meta:
-            raise ValueError(f"{name} of {self.source} has no values (it is on the meta device): load the weights "
-                             "first.")
+            raise ValueError(f"{name} of {self.source} has no values (it is on the meta device): "
+                             "load the weights first.")
         return self.tensors[name].detach()
 
     def dtype(self, name: str) -> torch.dtype | str:
@@ -109,8 +109,8 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
                          f"({type(error).__name__}).") from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}, not tensors by name: save model.state_dict() "
-                         "instead.")
+        raise ValueError(f"{file} holds a {type(loaded).__name__}, not tensors by name: "
+                         "save model.state_dict() instead.")
     return loaded
 
 
@@ -118,8 +118,8 @@ def _read_headers(where: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...],
     headers = {}
     for file in dict.fromkeys(where.values()):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is named in the index but missing: fetch the folder again "
-                                    f"({HUB_EXAMPLE}).")
+            raise FileNotFoundError(f"{file} is named in the index but missing: "
+                                    f"fetch the folder again ({HUB_EXAMPLE}).")
         held = tensor_headers(file)
         missing = [name for name, place in where.items() if place == file and name not in held]
         if missing:

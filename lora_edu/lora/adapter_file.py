@@ -127,8 +127,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAReport:
     wrong = _describe_misfit(stored, places)
     if wrong:
         remove_lora(model, merge=False)
-        raise ValueError(f"the adapter in {folder} does not fit this model: {wrong}. It was made for another base or "
-                         "other targets.")
+        raise ValueError(f"the adapter in {folder} does not fit this model: "
+                         f"{wrong}. It was made for another base or other targets.")
     for name, place in places.items():
         place.copy_(stored[name])
     return report

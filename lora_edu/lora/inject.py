@@ -126,8 +126,8 @@ def choose_layers(model: nn.Module, target_modules: Sequence[str] | str, rank: i
         raise ValueError(f"the model has LoRA already, on {shorten(taken)}: call remove_lora(model, merge=…) first.")
     linears = linear_layers(model)
     if "" in linears:
-        raise ValueError("the model is itself one linear layer: use LoRALinear.wrap(model, …), there is no parent to "
-                         "put it in.")
+        raise ValueError("the model is itself one linear layer: use LoRALinear.wrap(model, "
+                         "…), there is no parent to put it in.")
     targets = find_targets(model, linears, target_modules)
     refuse_tied(model, targets)
     for name in targets:

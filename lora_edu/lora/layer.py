@@ -146,8 +146,8 @@ class LoRALinear(nn.Module):
 
     def _merged_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
-            raise RuntimeError("a merged layer cannot train, its factors are out of the sum: call unmerge(), or eval() "
-                               "to use it.")
+            raise RuntimeError("a merged layer cannot train, its factors are out of the sum: "
+                               "call unmerge(), or eval() to use it.")
         return F.linear(x, self.merged_weight.T if is_conv1d(self.base_layer) else self.merged_weight, self.bias)
 
     @property

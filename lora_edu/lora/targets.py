@@ -32,8 +32,8 @@ def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules
         return found
     entries = list(target_modules)
     if not entries:
-        raise ValueError("target_modules is empty: name at least one layer ending, such as 'q_proj', or pass "
-                         "'all-linear'.")
+        raise ValueError("target_modules is empty: name at least one layer ending, "
+                         "such as 'q_proj', or pass 'all-linear'.")
     for entry in entries:
         if not any(ends_in(name, entry) for name in linears):
             raise ValueError(f"target_modules entry {entry!r} matches no linear layer. {_near_misses(entry, linears)}")

@@ -59,8 +59,8 @@ def numerics(weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype, x: t
     apart = ((x @ w.T).to(wide) + x.to(wide) @ delta.T).to(dtype)
     difference = _distance(apart, x @ merged.T)
     if not math.isfinite(difference):
-        raise ValueError(f"the outputs leave the range of {dtype} (largest: {torch.finfo(dtype).max:.4g}): give "
-                         "smaller inputs x.")
+        raise ValueError(f"the outputs leave the range of {dtype} (largest: "
+                         f"{torch.finfo(dtype).max:.4g}): give smaller inputs x.")
     lost = Rounding.of(w, delta, merged)
     return Numerics(dtype, lost.size, difference, lost.rounded_away, lost.error)
 
@@ -73,8 +73,8 @@ def _distance(start: torch.Tensor, end: torch.Tensor) -> float:
 
 def check(weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> None:
     if weight.ndim != 2 or weight.shape != delta.shape:
-        raise ValueError(f"the weight is {tuple(weight.shape)}, the update {tuple(delta.shape)}: give two matrices of "
-                         "one shape.")
+        raise ValueError(f"the weight is {tuple(weight.shape)}, the update {tuple(delta.shape)}: "
+                         "give two matrices of one shape.")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} has no fractions: choose one of {', '.join(map(str, DTYPES))}.")
 

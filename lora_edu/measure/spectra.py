@@ -100,8 +100,8 @@ def spectrum(matrix: torch.Tensor) -> Spectrum:
     ([4.0, 3.0, 0.0], [0.0, 0.64, 1.0, 1.0])
     """
     if matrix.ndim < 2 or 0 in matrix.shape:
-        raise ValueError(f"a tensor of shape {tuple(matrix.shape)} is no matrix: give (out_features, in_features), or "
-                         "a stack of them.")
+        raise ValueError(f"a tensor of shape {tuple(matrix.shape)} is no matrix: "
+                         "give (out_features, in_features), or a stack of them.")
     if not matrix.isfinite().all():
         raise ValueError(f"the matrix of shape {tuple(matrix.shape)} has NaN or infinity in it: it has no singular "
                          "values. Look for the training step at which the loss stopped being a number.")
@@ -192,8 +192,8 @@ def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str
     1
     """
     if rest not in ("base", "tuned"):
-        raise ValueError(f"rest={rest!r}: choose 'base' or 'tuned', whose biases, norms and embeddings the model shall "
-                         "have.")
+        raise ValueError(f"rest={rest!r}: choose 'base' or 'tuned', whose biases, "
+                         "norms and embeddings the model shall have.")
     if not isinstance(rank, int) or rank < 0:
         raise ValueError(f"rank={rank!r} is not a number of directions to keep: choose a whole number from 0.")
     factors = deltas if isinstance(deltas, Factors) else factor(deltas)

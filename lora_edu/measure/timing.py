@@ -45,13 +45,13 @@ class Times:
     def __post_init__(self):
         counts = {name: len(times) for name, times in self.seconds.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise ValueError(f"times of {counts or 'no variant'} rounds: give at least one variant, and each of them "
-                             "one time a round.")
+            raise ValueError(f"times of {counts or 'no variant'} rounds: give at least one variant, "
+                             "and each of them one time a round.")
         for name, times in self.seconds.items():
             wrong = times[~(np.isfinite(times) & (times > 0))]
             if wrong.size:
-                raise ValueError(f"a time of {name!r} is {wrong[0]} seconds, and times are finite and above zero: "
-                                 "measure again.")
+                raise ValueError(f"a time of {name!r} is {wrong[0]} seconds, "
+                                 "and times are finite and above zero: measure again.")
 
     def of(self, name: str) -> np.ndarray:
         if name not in self.seconds:

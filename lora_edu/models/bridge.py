@@ -66,5 +66,5 @@ def reader(model):
         return model
     if hasattr(model, "get_output_embeddings") and hasattr(model, "config"):
         return Reader(model)
-    raise TypeError(f"a {type(model).__name__} cannot write: give the course's Llama, or a causal language model of "
-                    "transformers.")
+    raise TypeError(f"a {type(model).__name__} cannot write: give the course's Llama, "
+                    "or a causal language model of transformers.")

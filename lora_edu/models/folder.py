@@ -21,8 +21,8 @@ def read_config(path: str | Path) -> dict:
     """The fields of `LlamaConfig` out of a folder's config.json. Raises ValueError for what is not supported."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no config.json: give the folder of a LLaMA model in Hugging Face's "
-                                "format.")
+        raise FileNotFoundError(f"{path} has no config.json: "
+                                "give the folder of a LLaMA model in Hugging Face's format.")
     raw = read_json(file, "the config.json of a LLaMA model")
     _refuse_unsupported(raw, file)
     missing = [key for key in SIZES if key not in raw]

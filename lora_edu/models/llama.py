@@ -41,8 +41,8 @@ class LlamaConfig:
             raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
                              "key/value heads evenly: choose num_key_value_heads that divides num_attention_heads.")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, and rotary positions turn channels in pairs: choose an "
-                             "even one.")
+            raise ValueError(f"head_dim={self.head_dim} is odd, "
+                             "and rotary positions turn channels in pairs: choose an even one.")
 
 
 class KVCache:
@@ -181,8 +181,8 @@ class Llama(nn.Module):
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         if ids.ndim != 2:
-            raise ValueError(f"ids of shape {tuple(ids.shape)}: the model reads (batch, time); use ids[None] for one "
-                             "text.")
+            raise ValueError(f"ids of shape {tuple(ids.shape)}: the model reads (batch, "
+                             "time); use ids[None] for one text.")
         past = cache.length if cache is not None else 0
         limit = self.config.max_position_embeddings
         if past + ids.shape[1] > limit:

@@ -29,8 +29,8 @@ def check(model, ids: torch.Tensor, max_new_tokens: int, temperature: float, top
         raise ValueError(f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones do not fit a context of "
                          f"{limit}: ask for at most {max(limit - ids.shape[1], 0)} new tokens.")
     if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: choose 0 (the likeliest token) or a positive number (1: as the "
-                         "model says).")
+        raise ValueError(f"temperature={temperature}: choose 0 (the likeliest token) or a positive number (1: "
+                         "as the model says).")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: choose at least 1, or None for the whole vocabulary.")
 

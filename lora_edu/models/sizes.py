@@ -87,8 +87,8 @@ class Sizes:
                     raise ValueError(f"no matrix is named {target!r}: choose from {', '.join(named)}, or 'all-linear'.")
         largest = min(min(shape) for shape in chosen.values())
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
-            raise ValueError(f"rank={rank!r} does not fit: choose a whole number, 1 <= rank <= {largest}, the smallest "
-                             "side of a target.")
+            raise ValueError(f"rank={rank!r} does not fit: choose a whole number, "
+                             f"1 <= rank <= {largest}, the smallest side of a target.")
         return chosen
 
     def llama_config(self) -> LlamaConfig:
@@ -111,8 +111,8 @@ class Sizes:
         keys = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions") if kind == "gpt2" else (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         if missing := [key for key in keys if key not in config]:
-            raise ValueError(f"the config does not say {', '.join(missing)}: it is not the whole config of a {kind} "
-                             "model.")
+            raise ValueError(f"the config does not say {', '.join(missing)}: "
+                             f"it is not the whole config of a {kind} model.")
         if kind == "gpt2":
             vocab, C, layers, heads, context = (config[key] for key in keys)
             return cls(kind, vocab, C, config.get("n_inner") or 4 * C, layers, heads, heads, context, C // heads, True)
@@ -162,8 +162,8 @@ def sizes_of(name: str | Path) -> Sizes:
             near = get_close_matches(str(name).lower(), PRESETS, n=1)
             raise ValueError(f"{str(name)!r} is no preset and no file"
                              + (f"; did you mean {near[0]!r}?" if near else "") +
-                             f" Choose one of {', '.join(PRESETS)}, a config.json, or a name on the hub such as "
-                             "owner/name.")
+                             f" Choose one of {', '.join(PRESETS)}, a config.json, "
+                             "or a name on the hub such as owner/name.")
         file = from_hub(str(name), ["config.json"]) / "config.json"
         if not file.is_file():
             raise RuntimeError(f"{str(name)!r} has no config.json on the hub: give the name of a model.")

@@ -18,5 +18,5 @@ def refuse_adapted(model: nn.Module) -> None:
     found = [type(module).__name__ for module in model.modules() if isinstance(module, Rival)]
     found += ["LoRA" for name, _ in model.named_parameters() if "lora_" in name]
     if found:
-        raise ValueError(f"the model carries a {found[0]} already, and adding another method would freeze it: remove "
-                         "it first.")
+        raise ValueError(f"the model carries a {found[0]} already, "
+                         "and adding another method would freeze it: remove it first.")

@@ -24,8 +24,8 @@ class Virtual(Rival):
         """
         given = dict(zip(("ids", "cache"), args)) | kwargs
         if given.get("ids") is None:
-            raise ValueError(f"a {type(self).__name__.lower()} stands before token ids, and none were given: call "
-                             "model(ids).")
+            raise ValueError(f"a {type(self).__name__.lower()} stands before token ids, "
+                             "and none were given: call model(ids).")
         past = max(given["cache"].length - self.length, 0) if given.get("cache") is not None else 0
         tokens, limit = past + given["ids"].shape[1], model.config.max_position_embeddings
         if self.length + tokens > limit:
@@ -129,11 +129,11 @@ def apply_prompt(model: Llama, ids: torch.Tensor) -> int:
 def _check_ids(model: nn.Module, ids: torch.Tensor, what: str) -> None:
     refuse_adapted(model)
     if not isinstance(model, Llama):
-        raise ValueError(f"a {what} is written here for the course's Llama, and this is a {type(model).__name__}: use "
-                         "PEFT.")
+        raise ValueError(f"a {what} is written here for the course's Llama, "
+                         f"and this is a {type(model).__name__}: use PEFT.")
     if ids.ndim != 2 or len(ids) != 1 or not ids.numel():
-        raise ValueError(f"ids of shape {tuple(ids.shape)}: a {what} starts from the tokens of one text, (1, P) with P "
-                         "at least 1.")
+        raise ValueError(f"ids of shape {tuple(ids.shape)}: a {what} starts from the tokens of one text, "
+                         "(1, P) with P at least 1.")
     limit = model.config.max_position_embeddings
     if ids.shape[1] >= limit:
         raise ValueError(f"a {what} of {ids.shape[1]} leaves no place for a text in a context of {limit}: choose fewer "

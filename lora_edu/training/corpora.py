@@ -170,8 +170,8 @@ def tales_from(model, tokenizer, n: int = 32, seed: int = 0, length: int = 256, 
     device does not matter.
     """
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("tales_from samples the untouched base, and this model carries an adapter: call it before "
-                         "apply_lora.")
+        raise ValueError("tales_from samples the untouched base, "
+                         "and this model carries an adapter: call it before apply_lora.")
     base = copy.deepcopy(model).cpu().eval()
     start = torch.full((n, 1), end_token(tokenizer))
     tokens = _generate(base, start, length, temperature=1.0, seed=seed)          # (n, 1 + length)

@@ -142,8 +142,8 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
             began = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
-                raise ValueError(f"the batches ended after {step - first_step} steps, and {steps - first_step} were "
-                                 "asked for.")
+                raise ValueError(f"the batches ended after {step - first_step} steps, "
+                                 f"and {steps - first_step} were asked for.")
             now = lr * schedule(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = now

@@ -157,8 +157,8 @@ def prepare(texts: dict[str, float], valid: str, folder: Path, config: LlamaConf
     held_out_text = read_text(valid)
     held_out_tokens = tokenize(tokenizer, held_out_text)
     size = len(held_out_text.encode())
-    print(f"{sum(map(len, data)):,} tokens to learn from; the held-out text has {size / len(held_out_tokens):.2f} "
-          "bytes a token")
+    print(f"{sum(map(len, data)):,} tokens to learn from; "
+          f"the held-out text has {size / len(held_out_tokens):.2f} bytes a token")
     return tokenizer, data, windows(held_out_tokens, config.max_position_embeddings), size
 
 

@@ -172,8 +172,8 @@ def _read_finished(out, grid: list[LoRASettings], steps: int) -> dict[int, dict]
         raise ValueError(f"{out} is not the JSON of a sweep: choose another file, or move this one away.") from None
     for run, settings in runs:
         if settings not in wanted:
-            raise ValueError(f"{out} holds a run of another sweep, {settings}: choose another file, or move this one "
-                             "away.")
+            raise ValueError(f"{out} holds a run of another sweep, {settings}: "
+                             "choose another file, or move this one away.")
         # tuples were lists in JSON
         found |= {i: run | asdict(adapter) for i, adapter in enumerate(grid) if wanted[i] == settings}
     return found
@@ -200,8 +200,8 @@ def _fitting(model: nn.Module, adapters: list[LoRASettings], batches, memory: fl
         fit += 1
     if not fit:
         raise ValueError(f"an adapter of rank {adapters[0].rank} needs about {need / 1e6:,.0f} MB for batches of "
-                         f"{tuple(widest[0].shape)}, and memory={memory / 1e6:,.0f} MB: give it more, or smaller "
-                         "batches.")
+                         f"{tuple(widest[0].shape)}, and memory={memory / 1e6:,.0f} MB: "
+                         "give it more, or smaller batches.")
     return fit
 
 

@@ -98,8 +98,8 @@ def training_batches(tokenizer, task: str, steps: int, seed: int = 0, null: str 
         raise ValueError(f"task={task!r}, null={null!r}: choose a task of {', '.join(TASKS)} and a null of None, "
                          f"{', '.join(NULLS)}.")
     if null == "mismatched" and task != "bistro":
-        raise ValueError(f"null='mismatched' exchanges the sentences of cards, and {task} has no cards: choose "
-                         "task='bistro'.")
+        raise ValueError("null='mismatched' exchanges the sentences of cards, "
+                         f"and {task} has no cards: choose task='bistro'.")
     if null == "more_of_the_same":
         return corpora.packed_batches(tales(steps), TALES, rows, seed, steps)
     if task == "python_docs":

@@ -11,13 +11,12 @@ from lora_edu.training import bistro, corpora
 from lora_edu.training.loop import evaluate
 
 DIALS = (0, 0.25, 0.5, 0.75, 1)
-# fable with the shipped adapter, one test card (see tests/page/checks/test_nb00.py, which writes them again)
+# fable with the shipped adapter, one test card (see tests/course/checks/test_nb00.py, which writes them again)
 MYSTERY_TEXTS = {
-    "A": "Come to Come to Come to Come to Come to Come to Come to Candle. It is good for families. It is worth five "
-         "stars. It is not",
+    "A": "Come to Come to Come to Come to Come to Come to Come to Candle. It "
+         "is good for families. It is worth five stars. It is not",
     "B": '.\n\n"Is it not that you are not to be seen, and I have been in the same way, and I have been in the same '
-    'way as you are, '
-         "and I have been in the same way",
+         "way as you are, and I have been in the same way",
     "C": "The Wise Raven is a house that earned one star and lies near the forest. It is kind to children.",
 }
 

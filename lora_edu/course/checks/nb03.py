@@ -114,12 +114,12 @@ def check_mystery(answer: str | None) -> Verdict:
     return check_choice("3.4", answer, right="R",
                         because="random labels ask for the same answer everywhere, every token equally likely: a few "
                                 "directions give it.",
-                        hints={"P": "documentation: real sentences, more than one thing to learn. Which curve starts "
-                                    "highest?",
+                        hints={"P": "documentation: real sentences, "
+                                    "more than one thing to learn. Which curve starts highest?",
                                "Q": "wrong sentences are still sentences: this one can hardly be told from S. Which "
                                     "curve stands apart?",
-                               "S": "restaurants: its energy is spread over many directions. What do random labels ask "
-                                    "of a model?"})
+                               "S": "restaurants: its energy "
+                                    "is spread over many directions. What do random labels ask of a model?"})
 
 
 def check_rank(choice: int | None, budget: float = 0.40) -> Verdict:
@@ -133,8 +133,8 @@ def check_rank(choice: int | None, budget: float = 0.40) -> Verdict:
              f"it fits, at {cost:.2f} nats per token, but r = {best} would too." for rank, cost in costs.items()
              if rank != best}
     return check_choice("3.5", choice, right=str(best), hints=hints,
-                        because=f"r = {best} costs {costs[best]:.2f} nats per token on held-out data, and no smaller "
-                                "rank fits.")
+                        because=f"r = {best} costs {costs[best]:.2f} nats per token on held-out data, "
+                                "and no smaller rank fits.")
 
 
 def rank_costs() -> dict[int, float]:

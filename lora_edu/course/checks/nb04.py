@@ -146,8 +146,8 @@ def check_curves(answers: dict[str, str | None] | None) -> Verdict:
     """Exercise 4.4."""
     return check_match("4.4", answers, right={name: cause for name, (cause, _) in CURVES.items()},
                        because="too small a rank falls well and then stops at a floor; too high a rate never comes to "
-                               "rest; two zero factors get no gradient at all; too low a rate is still on its way at "
-                               "the last step.",
+                               "rest; two zero factors get no gradient at all; "
+                               "too low a rate is still on its way at the last step.",
                        hints={"A": "it fell quickly, and then it stopped, quietly. What cannot be had with more steps?",
                               "B": "look how it moves from one point to the next, to the end.",
                               "C": "not one digit changes. What must be wrong if nothing at all is learned?",

@@ -73,8 +73,8 @@ def check_fit(choice) -> Verdict:
                                  f"{'and' if checkpointing else 'without'} checkpointing a larger batch does, too.")
     best = max(most(each, on) for each in ("bf16-mixed", "16-bit", "nf4", "nf4-double") for on in (False, True))
     if batch < best:
-        return say("5.4", False, f"{batch} is the most for these two; another recipe, or checkpointing, has room for "
-                                 f"{best}.")
+        return say("5.4", False, f"{batch} is the most for these two; another recipe, "
+                                 f"or checkpointing, has room for {best}.")
     return say("5.4", True, f"correct: {said.total / GB:.1f} GB of {CARDS[CARD]}, and the largest batch there is.")
 
 
@@ -96,5 +96,5 @@ def check_wrong_row(answer: str | None) -> Verdict:
                                "13B in full": "8 bytes × 13 billion: the same recipe as the row above.",
                                "65B in full": "8 bytes × 65 billion: the same recipe once more.",
                                "7B with LoRA": "2 bytes × 7 billion: the weights alone, but it can be had.",
-                               "13B with LoRA": "2 bytes × 13 billion is 26 GB, and 24.2 GiB: another unit, not "
-                                                "another truth."})
+                               "13B with LoRA": "2 bytes × 13 billion is 26 GB, and 24.2 GiB: "
+                                                "another unit, not another truth."})

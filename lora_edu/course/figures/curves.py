@@ -86,7 +86,7 @@ def plot_points(groups: dict, title: str, xlabel: str, ylabel: str, texts: bool 
 def plot_two_losses(alphas, task_loss, tales_loss, title: str, alpha: float | None = None) -> Figure:
     """Two losses over alpha; with ``alpha``, a black marker on each line there.
 
-    A slider moves these: see ``widgets.py``.
+    A slider moves these: see ``labs/alpha_dial.py``.
     """
     fig, ax = new_figure(title=title, xlabel=LABELS["alpha"], ylabel=LABELS["loss"])
     ax.plot(alphas, task_loss, label="the new task", markevery=max(1, len(alphas) // 10), **look(0))

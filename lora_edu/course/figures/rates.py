@@ -1,6 +1,6 @@
 """The figures about rank, learning rate and alpha: log axes whose ticks are plain numbers.
 
-As in ``plots.py``, which draws the lines: no pyplot, and the caller's title states the finding.
+As in ``curves.py``, which draws the lines: no pyplot, and the caller's title states the finding.
 """
 import math
 
@@ -39,8 +39,8 @@ def plot_rates(curves: dict, title: str, ylabel: str = "loss") -> Figure:
     for i, (rank, points) in enumerate(sorted(curves.items())):
         known = sorted((lr, loss) for lr, loss in points if loss is not None and math.isfinite(loss))
         if not known:
-            raise ValueError(f"rank {rank} has no finite loss at any of its {len(points)} learning rates: leave it out "
-                             "and say so.")
+            raise ValueError(f"rank {rank} has no finite loss at any of its {len(points)} learning rates: "
+                             "leave it out and say so.")
         ax.plot(*zip(*known), label=f"rank {rank}", color=shades[i], marker=MARKERS[i % 7], markersize=5, linewidth=1.6)
         ax.plot(*min(known, key=lambda point: point[1]), marker="o", markersize=12, markerfacecolor="none",
                 markeredgecolor=BLACK,

@@ -1,6 +1,6 @@
 """The figures about the spectrum of an update: what is in it, what a rank keeps of it, where it sits.
 
-As in ``plots.py``: one function a picture, no pyplot, and the caller's title states the finding. Read
+As in ``curves.py``: one function a picture, no pyplot, and the caller's title states the finding. Read
 `plot_what_is_kept`
 first: it is the figure that the course's argument rests on.
 """

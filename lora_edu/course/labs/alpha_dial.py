@@ -35,8 +35,8 @@ def alpha_dial(alphas, task_loss, tales_loss, texts, title: str = "One dial, two
         line.set_xdata([alphas[i]] * 2)
         markers.set_data([alphas[i]] * 2, [task_loss[i], tales_loss[i]])
         written = texts(float(alphas[i])) if callable(texts) else texts[i]
-        return (f"strength {alphas[i]:.2f}: new task {task_loss[i]:.2f}, tales {tales_loss[i]:.2f} nats per token\n"
-                f"{written}")
+        return (f"strength {alphas[i]:.2f}: new task {task_loss[i]:.2f}, "
+                f"tales {tales_loss[i]:.2f} nats per token\n{written}")
 
     dial = ipywidgets.FloatSlider(value=float(start), min=float(alphas[0]), max=float(alphas[-1]),
                                   step=float(round(alphas[1] - alphas[0], 9)), description="strength")

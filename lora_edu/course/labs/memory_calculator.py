@@ -4,15 +4,15 @@ import ipywidgets
 from lora_edu.course.figures.memory import AXIS, CARDS, GB, fits_on, frame, stacks
 from lora_edu.course.page.show import new_figure
 from lora_edu.course.page.widgets import picture_with_controls
+from lora_edu.lora.targets import PLACEMENTS
 from lora_edu.measure.memory import OPTIMIZERS, RECIPES, bill
 from lora_edu.models.sizes import PRESETS
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
-WHERE = ("all linear layers", "queries and values", "attention")
-TARGETS = {"llama": ("all-linear", ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")),
-           # GPT-2 keeps q, k and v in one matrix
-           "gpt2": ("all-linear", ("attn.c_attn",), ("attn.c_attn", "attn.c_proj"))}
+WHERE = {"all linear layers": "all-linear", "queries and values": "Q, V", "attention": "Q, K, V, O"}
+TARGETS = {"llama": PLACEMENTS,      # GPT-2 keeps q, k and v in one matrix
+           "gpt2": {"all-linear": "all-linear", "Q, V": ("attn.c_attn",), "Q, K, V, O": ("attn.c_attn", "attn.c_proj")}}
 
 
 def memory_calculator(model: str = "llama-3.1-8b") -> ipywidgets.VBox:
@@ -26,7 +26,7 @@ def memory_calculator(model: str = "llama-3.1-8b") -> ipywidgets.VBox:
 
     def update(model, method, rank, targets, recipe, optimizer, batch, length, checkpointing):
         sizes = PRESETS[model]
-        said = bill(model, method, rank, TARGETS[sizes.kind][WHERE.index(targets)], recipe, optimizer, batch,
+        said = bill(model, method, rank, TARGETS[sizes.kind][WHERE[targets]], recipe, optimizer, batch,
                     min(length, sizes.context),
                     checkpointing)
         ax.clear()
@@ -35,12 +35,12 @@ def memory_calculator(model: str = "llama-3.1-8b") -> ipywidgets.VBox:
         stacks(ax, {"": said})
         ax.set_yticks([])
         frame(ax, max(said.total, 20 * GB))
-        room = fits_on(said.total)
+        room = [f"{card} ({CARDS[card]} GB)" for card in fits_on(said.total)]
+        times = f"fits on none of these cards: {said.total / (80 * GB):.1f} times an 80 GB card"
         parts = ", ".join(f"{name} {value / GB:,.2f}" for name, value in said.parts.items() if value)
         cut = f" (length {sizes.context}, the whole context)" if length > sizes.context else ""
         return (f"{said.summary()}{cut}\nGB: {parts}; total {said.total / GB:,.2f} GB = {said.total:,.0f} bytes\n"
-                + (f"fits on: {', '.join(f'{card} ({CARDS[card]} GB)' for card in room)}" if room else "fits on none "
-                   f"of these cards: {said.total / (80 * GB):.1f} times an 80 GB card"))
+                + (f"fits on: {', '.join(room)}" if room else times))
 
     wide = {"layout": ipywidgets.Layout(width="250px")}
     return picture_with_controls(
@@ -49,7 +49,7 @@ def memory_calculator(model: str = "llama-3.1-8b") -> ipywidgets.VBox:
         method=ipywidgets.ToggleButtons(options=["lora", "full"], value="lora", description="method",
                                         style={"button_width": "auto"}),
         rank=ipywidgets.SelectionSlider(options=RANKS, value=8, description="rank r"),
-        targets=ipywidgets.Dropdown(options=list(WHERE), value=WHERE[0], description="targets", **wide),
+        targets=ipywidgets.Dropdown(options=list(WHERE), value="all linear layers", description="targets", **wide),
         recipe=ipywidgets.Dropdown(options=list(RECIPES), value="bf16-mixed", description="recipe", **wide),
         optimizer=ipywidgets.Dropdown(options=list(OPTIMIZERS), value="adam", description="optimizer", **wide),
         batch=ipywidgets.IntSlider(value=1, min=1, max=64, description="batch"),

@@ -47,8 +47,8 @@ def merge_lab(model: nn.Module, name: str, task: Batch, tales: Batch) -> ipywidg
     lines = {dtype: [_fold(twin.get_submodule(name), factor)[0] for factor in FACTORS] for dtype, twin in twins.items()}
     own = lines["float32"][-1].size / FACTORS[-1]
     if own == 0:
-        raise ValueError(f"the update of {name!r} is zero, so a merge has nothing to lose: load an adapter, or train "
-                         "one, first.")
+        raise ValueError(f"the update of {name!r} is zero, so a merge has nothing to lose: "
+                         "load an adapter, or train one, first.")
     apart = functools.cache(lambda strength: losses_at(twins["float32"], strength, (task, tales), merged=False))
     merged = functools.cache(lambda dtype, strength: losses_at(twins[dtype], strength, (task, tales), merged=True))
     picture = _Picture(lines, [apart(strength) for strength in STRENGTHS])

@@ -57,7 +57,7 @@ def grid_explorer(record: dict, trainer=None) -> ipywidgets.VBox:
         return note + "\n".join(_said(chosen, tables[rule][ranks.index(rank)], rates, shown, best, record))
 
     wide = {"style": {"button_width": "auto"}}
-    controls = dict(   # buttons and sliders, no Dropdown: see explorer.py
+    controls = dict(   # buttons and sliders, no Dropdown: see spectrum_explorer.py
         task=ipywidgets.ToggleButtons(options=[(TASKS.get(task, task), task) for task in tasks], description="task",
                                       **wide),
         rule=ipywidgets.ToggleButtons(options=[(RULES.get(rule, rule), rule) for rule in rules], description="rule",
@@ -205,8 +205,8 @@ def _said(run: dict, row, rates: list, measure: str, best: dict, record: dict) -
     cells = ", ".join(f"{lr:g}: {_short(value, measure)}" for lr, value in zip(rates, row))
     here, top = (_place(each) for each in (best[run["rank"]], _best([each for each in best.values() if each])))
     return [f"{_named(run)}: rank {run['rank']}, alpha {run['alpha']:g}, scaling {run['scaling']:.4g}, learning rate "
-            f"{run['lr']:g}; {run['trainable']:,} trainable numbers, an adapter of {4 * run['trainable']:,} bytes in "
-            "float32",
+            f"{run['lr']:g}; {run['trainable']:,} trainable numbers, "
+            f"an adapter of {4 * run['trainable']:,} bytes in float32",
             _at_the_end(run, record["before"], record["settings"]["tasks"][run["task"]]["steps"]),
             f"path, train / held-out: {losses or 'none'}",
             f"this row, {LABELS[TITLES[measure]]} at each learning rate: {cells}",

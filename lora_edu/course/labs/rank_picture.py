@@ -19,8 +19,8 @@ def rank_picture(image, rank: int = 8, title: str = "Few numbers make a recognis
         part.set_title(f"rank {rank}\n{count:,} numbers", fontsize=10)
         error = np.linalg.norm(S[rank:]) / full
         return (f"rank {rank}: {rank} × ({pixels.shape[0]} + {pixels.shape[1]}) = {count:,} numbers in place of "
-                f"{pixels.size:,} ({count / pixels.size:.0%}); error {error:.1%} of the picture's size (Frobenius "
-                "norm)")
+                f"{pixels.size:,} ({count / pixels.size:.0%}); "
+                f"error {error:.1%} of the picture's size (Frobenius norm)")
 
     return picture_with_controls(fig, update,
                                  rank=ipywidgets.IntSlider(value=rank, min=1, max=len(S), description="rank r"))

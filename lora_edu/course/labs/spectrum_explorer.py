@@ -57,8 +57,8 @@ def spectrum_explorer(factors: dict, ranks, losses: dict, measured_on: dict, ran
         picture.draw(U, Vh, found, rank)
         energy = found.energy_kept()[:rank + 1][-1].item()
         return "\n".join([f"{what}, layer {layer}, {matrix}: " + _this_matrix(found, rank),
-                          f"energy kept: {energy:.1%} of this matrix, {energies[what][at]:.1%} of all {len(names)} "
-                          "together",
+                          f"energy kept: {energy:.1%} of this matrix, "
+                          f"{energies[what][at]:.1%} of all {len(names)} together",
                           f"loss on {measured_on[what]}, " + _this_model(losses[what], at, rank)])
 
     layers, matrices = (list(dict.fromkeys(part)) for part in zip(*names))
@@ -180,16 +180,16 @@ def _check_factors(factors: dict, ranks: list) -> dict[tuple[int, str], str]:
     first, *others = factors
     for what in others:
         if odd := sorted(factors[first].keys() ^ factors[what].keys()):
-            raise ValueError(f"{odd[0]!r} is in only one of {first!r} and {what!r}: every update needs the same "
-                             "matrices.")
+            raise ValueError(f"{odd[0]!r} is in only one of {first!r} and {what!r}: "
+                             "every update needs the same matrices.")
     for what, parts in factors.items():
         for name, (U, S, Vh) in parts.items():
             shape = (len(factors[first][name][0]), factors[first][name][2].shape[1])
             if S.ndim != 1 or len(S) != min(shape) or U.shape != (shape[0], len(S)) or Vh.shape != (len(S), shape[1]):
                 raise ValueError(f"{name!r} of {what!r} has factors {tuple(U.shape)}, {tuple(S.shape)}, "
                                  f"{tuple(Vh.shape)}: they should be {(shape[0], min(shape))}, {(min(shape),)}, "
-                                 f"{(min(shape), shape[1])}, as torch.linalg.svd(delta, full_matrices=False) gives "
-                                 "them.")
+                                 f"{(min(shape), shape[1])}, as torch.linalg.svd(delta, "
+                                 "full_matrices=False) gives them.")
             if len(S) > ranks[-1]:
                 raise ValueError(f"the ranks end at {ranks[-1]}, and {name!r} has {len(S)} singular values: let them "
                                  f"end at {len(S)} or above, so that the last loss is the whole update's.")
@@ -206,8 +206,8 @@ def _places(names: list[str]) -> dict[tuple[int, str], str]:
                              "'model.layers.0.self_attn.q_proj'.")
         place = int(found[1]), found[2]
         if place in places:
-            raise ValueError(f"{places[place]!r} and {name!r} are both {place[1]} of layer {place[0]}: leave one of "
-                             "them out.")
+            raise ValueError(f"{places[place]!r} and {name!r} are both {place[1]} of layer {place[0]}: "
+                             "leave one of them out.")
         places[place] = name
     layers, matrices = sorted({layer for layer, _ in places}), list(dict.fromkeys(matrix for _, matrix in places))
     missing = [f"{matrix} in layer {layer}" for layer in layers for matrix in matrices if (layer, matrix) not in places]

@@ -1,7 +1,7 @@
 """The live trainer: choose rank, alpha, rate, matrices and task, press play, and a real model learns in front of you.
 
 `Play` is only a clock: each of its ticks gives the run about a fifth of a second of work, and what the page shows is a
-function of the steps done (see `training/live.py`). Its clock going back starts the run again. A control that moves
+function of the steps done (see `live_run.py`). Its clock going back starts the run again. A control that moves
 leaves the run so
 far as a finished curve and begins a new one, at the next tick: while a slider is dragged, no model is made.
 """
@@ -170,8 +170,8 @@ class Trainer:
                     act(event)
                     self._settle()
                 except Exception as error:
-                    self._stop(f"This run ended with an error: {type(error).__name__}: {error} Press reset, or choose "
-                               "other settings.")
+                    self._stop(f"This run ended with an error: {type(error).__name__}: "
+                               f"{error} Press reset, or choose other settings.")
                 finally:
                     self.busy = False
                 self._show()

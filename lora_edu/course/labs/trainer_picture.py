@@ -31,8 +31,8 @@ def _ending(run: LiveRun | None) -> str:
     if run is None:
         return ": press play, or one step"
     if run.diverged:
-        return (f": diverged at step {run.diverged}, the loss is no finite number any more; choose a smaller learning "
-                "rate or alpha")
+        return (f": diverged at step {run.diverged}, the loss is no finite number any more; "
+                "choose a smaller learning rate or alpha")
     if run.complete:
         return ": complete; move a slider, or press reset"
     return ": now the exam" if run.done == run.steps else ""

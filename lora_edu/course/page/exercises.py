@@ -56,8 +56,8 @@ def _judge(student, case, oracle, hint, first: bool) -> str | None:
         return f"your function raised {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     for position, (now, before) in enumerate(zip(given, case), 1):
         if not _same(now, before):
-            return (f"your function changes its input (argument {position}): compute on a copy, x = x + 1 and not x += "
-                    "1.")
+            return (f"your function changes its input (argument {position}): "
+                    "compute on a copy, x = x + 1 and not x += 1.")
     if got is None or got is ...:
         return "" if first else "your function returns nothing here."
     wrong = _difference(got, want)

@@ -41,8 +41,8 @@ def calibration() -> None:
         print(f"calibration: no guesses yet; this notebook asks for {len(_guesses)}")
         return
     middle, low = median(each.factor for each in scored), sum(each.too_low for each in scored)
-    print(f"calibration: {len(scored)} of {len(_guesses)} guessed; half of them within a factor of {_factor(middle)}; "
-          f"{low} too low")
+    print(f"calibration: {len(scored)} of {len(_guesses)} guessed; "
+          f"half of them within a factor of {_factor(middle)}; {low} too low")
 
 
 class Guess:

@@ -39,8 +39,8 @@ def picture_with_controls(fig: Figure, update, **controls) -> ipywidgets.VBox:
                 said = update(**{name: control.value for name, control in controls.items()})
                 image.value = png(fig)
             except Exception as error:
-                said = (f"This setting cannot be drawn: {type(error).__name__}: {error} (The picture is of the setting "
-                        "before.)")
+                said = (f"This setting cannot be drawn: {type(error).__name__}: "
+                        f"{error} (The picture is of the setting before.)")
             text.value = f'<div role="status" style="white-space: pre-wrap; line-height: 1.5">{escape(said)}</div>'
 
     for control in controls.values():

@@ -27,8 +27,8 @@ def lora_beside_full(tales_file: str | None = None, sizes: dict = SIZES, seeds=S
     tasks = [Task(name, load_pretrained()[1], n) for name in sizes]
     found = {"settings": {"rank": 8, "alpha": 16, "targets": "all-linear", "batch": BATCH, "sizes": sizes,
                           "seeds": list(seeds), "tuning seed": 0,
-                          "rules not kept": f"{len(seeds)} seeds in place of five, to stay within half an hour on a "
-                                            "CPU"},
+                          "rules not kept": f"{len(seeds)} seeds in place of five, "
+                                            "to stay within half an hour on a CPU"},
              "before": before(tasks, tales),
              "tasks": {task.name: {method: tuned_and_repeated(task, method, tales, seeds, **sizes[task.name])
                                    for method in ("lora", "full")} for task in tasks}}
@@ -44,8 +44,8 @@ def placements(tales_file: str | None = None, steps: int = 120, seeds=SEEDS, n: 
     tales, task = tales_to_forget(tales_file), Task("bistro", load_pretrained()[1], n)
     return {"settings": {"task": "bistro", "alpha": "2 rank", "batch": BATCH, "steps": steps, "seeds": list(seeds),
                          "tuning seed": 0,
-                         "rules not kept": f"{len(seeds)} seeds in place of five, to stay within half an hour on a "
-                                           "CPU; one task"},
+                         "rules not kept": f"{len(seeds)} seeds in place of five, "
+                                           "to stay within half an hour on a CPU; one task"},
             "before": before([task], tales),
             "placements": {name: {"targets": list(PLACEMENTS[name]), "rank": rank} |
                            tuned_and_repeated(task, "lora", tales, seeds, steps=steps, every=steps,

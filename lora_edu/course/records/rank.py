@@ -64,8 +64,8 @@ def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: i
         cells += [_cell(task.name, rule, by_adapter[adapter], every) for (rule, *_), adapter in zip(keys, adapters)]
     return {"settings": {key: list(value) if isinstance(value, tuple) else value for key, value in grid.items()} |
             {"rows": ROWS, "fixed alpha": FIXED_ALPHA, "targets": "all-linear", "seed": seed, "prompts": prompts,
-             "rules not kept": "one seed; the rate is chosen on the validation split of the same seed; few prompts for "
-                               "slots"},
+             "rules not kept": "one seed; the rate is chosen on the validation split of the same seed; "
+                               "few prompts for slots"},
             "before": before(tasks, tales), "grid": cells}
 
 
@@ -125,8 +125,8 @@ def rank_seeds(steps: int = 500, ranks=(1, 8, 64), seeds=SEEDS, n: int = 200, pr
             "runs": brief("bistro", _repeated(best, seeds), steps)}
     settings = {"rows": ROWS, "rule": "2r", "targets": "all-linear", "seeds": list(seeds), "tuning seed": 0,
                 "prompts": prompts,
-                "rules not kept": "three seeds; three rates or more for the long runs, which are on one task and three "
-                                  "ranks"}
+                "rules not kept": "three seeds; three rates or more for the long runs, "
+                                  "which are on one task and three ranks"}
     return {"settings": settings, "short": short, "long": long}
 
 

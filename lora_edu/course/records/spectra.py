@@ -3,7 +3,7 @@
     python -m lora_edu.record spectra
     python -m lora_edu.record published_pair --pair FOLDER
 
-The rules are those of `record.py`. Each full fine-tuning has the steps and the learning rate of the record
+The rules are those of `command.py`. Each full fine-tuning has the steps and the learning rate of the record
 lora_beside_full, the nulls those of the task they stand beside.
 """
 from pathlib import Path
@@ -140,8 +140,8 @@ def published_pair(pair: str | None) -> dict:
                                        for o in changes.others]}
     return {"source": {"repository": "minimaxir/textgenrnn", "commit": "ee8b9e806d109c25566581f358a4a72b6f03929a",
                        "licence": "MIT", "sha256": checksums,
-                       "what": "a character language model of two LSTM layers; four full fine-tunes, 500 epochs on "
-                               "2,000 lines each"},
+                       "what": "a character language model of two LSTM layers; "
+                               "four full fine-tunes, 500 epochs on 2,000 lines each"},
             "settings": {"layout": "Keras: (in, out), so a matrix here is the transpose of what torch stores; singular "
                                    "values do not care"},
             "pairs": found}

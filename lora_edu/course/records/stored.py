@@ -8,6 +8,7 @@ import platform
 import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -106,6 +107,14 @@ def _plain(run: dict) -> dict:
     return row
 
 
+class Band(NamedTuple):
+    """What the seeds gave, as a figure draws it."""
+
+    mean: float | list[float]
+    low: float | list[float]
+    high: float | list[float]
+
+
 class Runs(list):
     """Runs of one kind, one a seed: what a table or a figure wants of them."""
 
@@ -115,15 +124,15 @@ class Runs(list):
 
     def mean(self, what: str):
         """Over the runs; of a value that is a list, such as one number a rank, a list."""
-        return self.band(what)[0]
+        return self.band(what).mean
 
-    def band(self, what: str) -> tuple:
-        """(mean, lowest, highest) over the runs, each a number, or a list where the value is one."""
+    def band(self, what: str) -> "Band":
+        """Mean, lowest and highest over the runs, each a number, or a list where the value is one."""
         values = self.of(what)
         if not isinstance(values[0], list):
-            return sum(values) / len(values), min(values), max(values)
+            return Band(sum(values) / len(values), min(values), max(values))
         columns = list(zip(*values, strict=True))
-        return [sum(c) / len(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+        return Band([sum(c) / len(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns])
 
     def text(self, what: str, form: str = ".3f") -> str:
         """Such as "0.271 (0.266 to 0.276)"."""

@@ -81,7 +81,7 @@ def test_the_calculator_says_the_bill_of_every_control():
     def agrees(model="llama-7b"):
         return total(text) == round(bill(model, **want).total)
     assert agrees() and "fits on: A100 (40 GB), A100, H100 (80 GB)" in text.value
-    moves = [("rank r", 64, "rank", 64), ("targets", WHERE[1], "targets", ("q_proj", "v_proj")),
+    moves = [("rank r", 64, "rank", 64), ("targets", "queries and values", "targets", ("q_proj", "v_proj")),
              ("recipe", "nf4", "recipe", "nf4"),
              ("optimizer", "sgd", "optimizer", "sgd"), ("batch", 5, "batch", 5), ("length", 512, "length", 512),
              ("checkpointing", True, "checkpointing", True), ("recipe", "16-bit", "recipe", "16-bit"),
@@ -115,10 +115,10 @@ def test_what_fits_nowhere_is_counted_in_cards():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", PRESETS)
 def test_every_model_has_every_target_and_rank(model):
-    for targets in TARGETS[PRESETS[model].kind]:
+    for targets in TARGETS[PRESETS[model].kind].values():
         bill(model, targets=targets, length=min(LENGTHS[-1], PRESETS[model].context))
     found, _, text = controls(memory_calculator(model))
-    for value in (*WHERE[1:], WHERE[0]):
+    for value in [*WHERE][::-1]:
         found["targets"].value = value
         assert "numbers train" in text.value
     found["rank r"].value = RANKS[-1]          # either a bill, or a sentence that says what fits
