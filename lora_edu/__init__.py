@@ -6,7 +6,8 @@ The course's names (claims, figures, labs) are in `lora_edu.course`; the library
 from lora_edu.checkpoints.deltas import deltas
 from lora_edu.checkpoints.extract import extract_lora
 from lora_edu.lora.adapter_file import load_adapter, save_adapter
-from lora_edu.lora.inject import apply_lora, lora_parameters, lora_state_dict
+from lora_edu.lora.factors import lora_parameters, lora_state_dict
+from lora_edu.lora.inject import apply_lora
 from lora_edu.lora.layer import LoRALinear
 from lora_edu.lora.merge import lora_off, merge_lora, remove_lora, set_strength, unmerge_lora
 from lora_edu.lora.settings import LoRASettings

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_edu.files import read_json, write_together
-from lora_edu.lora.inject import LoRAReport, apply_lora, lora_state_dict, some_lora_layers
+from lora_edu.lora.factors import lora_state_dict, some_lora_layers
+from lora_edu.lora.inject import LoRAReport, apply_lora
 from lora_edu.lora.layer import is_conv1d
 from lora_edu.lora.merge import remove_lora
 from lora_edu.lora.targets import ends_in

@@ -1,19 +1,22 @@
 """Give a whole model LoRA: matched linear layers become `LoRALinear`, everything else is frozen.
 
-Read the last four lines of `apply_lora`: that is all there is to it. What stands before them are checks, so that a call
-that raises has changed nothing; which layers match is told in `targets.py`, how the update is folded in and taken out
+Read `wrap_layers`: that is all there is to it. What stands around it are checks, and a net: a call that raises, or is
+stopped, has changed nothing. Which layers match is told in `targets.py`, how the update is folded in and taken out
 again in `merge.py`.
 """
+import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_edu.lora.layer import LoRALinear, features, is_linear
+from lora_edu.lora.factors import refuse_adapted, some_lora_layers
+from lora_edu.lora.layer import HOOKS, LoRALinear, check_weight, features, is_linear, move_hooks
 from lora_edu.lora.settings import check_settings, scaling_of
-from lora_edu.lora.targets import find_targets, refuse_tied, shorten
+from lora_edu.lora.targets import find_targets, output_heads, refuse_tied, shorten, unwrap, weight_readers
 from lora_edu.tables import ShowsTables, Table
 
 NOT_THE_MODEL = ("this is apply_lora's report and not the model, which was changed in place and is still the one that "
@@ -27,6 +30,8 @@ class LoRAReport(ShowsTables):
     Attributes:
         matched: name -> (out_features, in_features) of every wrapped layer.
         left_out: names of the linear layers that were not wrapped, the output head among them.
+        head: names of those that "all-linear" left out because they were taken for the output head.
+        rank, alpha: of the first layer; a file may bring others for other layers, which `ranks` and `scalings` tell.
         trainable, total: parameters that train; all parameters, the factors included (as PEFT counts).
         adapter_bytes: the factors alone, in their dtype: what a file of this adapter holds besides its header.
         merge_bytes: what `merge_lora` keeps in memory on top: one copy of each wrapped matrix.
@@ -41,17 +46,23 @@ class LoRAReport(ShowsTables):
     total: int
     adapter_bytes: int
     merge_bytes: int
+    ranks: dict[str, int] = field(repr=False)
+    scalings: dict[str, float] = field(repr=False)
+    head: list[str] = field(default_factory=list, repr=False)
+    note: str = field(default="", repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, left_out: list[str]) -> "LoRAReport":
-        layers = dict(lora_layers(model))
+    def of(cls, model: nn.Module, left_out: list[str], head: Sequence[str] = (), note: str = "") -> "LoRAReport":
+        layers = dict(some_lora_layers(model))
         factors = [p for m in layers.values() for p in (m.lora_A, m.lora_B)]
         first = next(iter(layers.values()))
         return cls(rank=first.rank, alpha=first.alpha, rslora=first.rslora,
                    matched={name: (m.out_features, m.in_features) for name, m in layers.items()}, left_out=left_out,
                    trainable=sum(p.numel() for p in factors), total=sum(p.numel() for p in model.parameters()),
                    adapter_bytes=sum(p.nbytes for p in factors),
-                   merge_bytes=sum(m.weight.nbytes for m in layers.values()))
+                   merge_bytes=sum(m.base_layer.weight.nbytes for m in layers.values()),
+                   ranks={name: m.rank for name, m in layers.items()},
+                   scalings={name: m.scaling for name, m in layers.items()}, head=list(head), note=note)
 
     @property
     def scaling(self) -> float:
@@ -59,17 +70,20 @@ class LoRAReport(ShowsTables):
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row for each kind of layer (name ending and shape): ending, how many, shape, trainable numbers in all."""
-        kinds: dict[tuple[str, tuple[int, int]], int] = {}
+        kinds: dict[tuple[str, tuple[int, int]], list[int]] = {}
         for name, shape in self.matched.items():
-            kind = (name.rpartition(".")[2], shape)
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return [(ending, str(count), f"{out} x {into}", f"{count * self.rank * (out + into):,}")
-                for (ending, (out, into)), count in kinds.items()]
+            kinds.setdefault((name.rpartition(".")[2], shape), []).append(self.ranks[name])
+        return [(ending, str(len(ranks)), f"{out} x {into}", f"{sum(ranks) * (out + into):,}")
+                for (ending, (out, into)), ranks in kinds.items()]
 
     def summary(self) -> str:
-        return (f"rank {self.rank}, alpha {self.alpha:g}, scaling {self.scaling:g}: {self.trainable:,} of "
-                f"{self.total:,} parameters train ({self.trainable / self.total:.2%}); the adapter is "
-                f"{self.adapter_bytes:,} bytes, merging keeps {self.merge_bytes:,} more in memory.")
+        ranks, scalings = ([*dict.fromkeys(values.values())] for values in (self.ranks, self.scalings))
+        said = (f"rank {self.rank}, alpha {self.alpha:g}, scaling {self.scaling:g}" if len(ranks) == len(scalings) == 1
+                else f"ranks {min(ranks)} to {max(ranks)}, scalings {min(scalings):g} to {max(scalings):g}")
+        return (f"{said}: {self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%}); "
+                f"the adapter is {self.adapter_bytes:,} bytes, merging keeps {self.merge_bytes:,} more in memory."
+                + f" Left out as the output head: {shorten(self.head)}." * bool(self.head)
+                + f" {self.note}" * bool(self.note))
 
     def tables(self) -> list[Table]:
         return [Table(("layer", "count", "shape (out x in)", "trainable numbers"), self.rows(), self.summary())]
@@ -95,9 +109,10 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
     Returns:
         What matched, and the counts; it displays as a table. The model is not in it: it was changed in place.
 
-    Raises:
+    Raises (then the model is as it was, also after Ctrl-C):
         ValueError: an entry that matches no linear layer (near misses are named), a matched weight that is tied to
-            another one, a model that has LoRA already, a rank that does not fit one of the layers.
+            another one or is no plain tensor of floating numbers, a model that has LoRA already, PEFT's too, a rank
+            that does not fit one of the layers.
 
     Source: Hu et al. (2021), section 4, arXiv:2106.09685.
 
@@ -108,12 +123,43 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
     rank 2, alpha 4, scaling 2: 40 of 171 parameters train (23.39%); the adapter is 160 bytes, merging keeps 384 more in
     memory.
     """
+    model = unwrap(model)
     chosen = choose_layers(model, target_modules, rank, alpha, dropout)
-    left_out = [name for name in linear_layers(model) if name not in chosen]
-    model.requires_grad_(False)
-    for name, layer in chosen.items():
-        replace(model, name, LoRALinear.wrap(layer, rank, alpha, dropout, rslora))
-    return LoRAReport.of(model, left_out)
+    linears = linear_layers(model)
+    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    head = output_heads(model, linears) if everything else []
+    wrap_layers(model, {name: (layer, dict(rank=rank, alpha=alpha, dropout=dropout, rslora=rslora))
+                        for name, layer in chosen.items()})
+    return LoRAReport.of(model, [name for name in linears if name not in chosen], head)
+
+
+def wrap_layers(model: nn.Module, layers: Mapping[str, tuple[nn.Module, dict]]) -> None:
+    """Freeze the model and put a `LoRALinear` in the place of each layer; name -> (layer, settings of `wrap`)."""
+    readers = weight_readers(model)
+    with all_or_nothing(model):
+        model.requires_grad_(False)
+        for name, (layer, settings) in layers.items():
+            wrapped = LoRALinear.wrap(layer, **settings)
+            wrapped.read_by_parent = name in readers
+            replace(model, name, wrapped)
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Whoever raises inside, Ctrl-C too, finds the model as it was: its modules, their hooks, and what trains."""
+    modules = [(module, dict(module._modules), {name: vars(module)[name] for name in HOOKS})
+               for module in model.modules()]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, children, hooks in modules:
+            module._modules.clear()
+            module._modules.update(children)
+            vars(module).update(hooks)
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
+        raise
 
 
 def choose_layers(model: nn.Module, target_modules: Sequence[str] | str, rank: int, alpha: float, dropout: float = 0.0
@@ -121,34 +167,54 @@ def choose_layers(model: nn.Module, target_modules: Sequence[str] | str, rank: i
     """Name -> linear layer, of those that a LoRA with these settings goes beside; all of `apply_lora`'s checks are
     made here.
     """
-    taken = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
-    if taken:
-        raise ValueError(f"the model has LoRA already, on {shorten(taken)}: call remove_lora(model, merge=…) first.")
+    refuse_adapted(model)
     linears = linear_layers(model)
     if "" in linears:
         raise ValueError("the model is itself one linear layer: use LoRALinear.wrap(model, "
                          "…), there is no parent to put it in.")
     targets = find_targets(model, linears, target_modules)
+    check_layers(model, targets, rank, alpha, dropout)
+    return {name: linears[name] for name in targets}
+
+
+def check_layers(model: nn.Module, targets: list[str], rank: int = 1, alpha: float = 1.0, dropout: float = 0.0) -> None:
+    """Raise ValueError, by name, for a layer that these settings do not fit, or that no LoRA fits."""
     refuse_tied(model, targets)
     for name in targets:
+        layer = model.get_submodule(name)
         try:
-            check_settings(*features(linears[name]), rank, alpha, dropout)
+            check_weight(layer)
+            check_settings(*features(layer), rank, alpha, dropout)
+            if dropout and isinstance(layer, NonDynamicallyQuantizableLinear):
+                raise ValueError(f"attention reads this layer's weight and never calls it, so dropout={dropout} would "
+                                 "do nothing: choose dropout=0, or leave the layer out.")
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return {name: linears[name] for name in targets}
+            raise ValueError(f"{name}: {error}" + _offer_without_narrow(model, targets, rank)) from None
+
+
+def _offer_without_narrow(model: nn.Module, targets: list[str], rank) -> str:
+    narrow = [name for name in targets if isinstance(rank, int) and min(model.get_submodule(name).weight.shape) < rank]
+    if rank == 1 or not narrow or len(narrow) == len(targets):
+        return ""
+    return (f" Narrower than rank {rank} are {shorten(narrow)}: take a smaller rank, or target_modules without "
+            f"{'it' if len(narrow) == 1 else 'them'}.")
 
 
 def unfreeze_matrices(model: nn.Module, target_modules: Sequence[str] | str = "all-linear") -> list[str]:
     """Full fine-tuning's side of a fair comparison: exactly the matrices that `apply_lora` would wrap train, all else
     is frozen.
 
-    Returns their names.
+    Returns their names; raises as `apply_lora` does, and then nothing is changed.
     """
+    model = unwrap(model)
+    refuse_adapted(model)
     linears = linear_layers(model)
     targets = find_targets(model, linears, target_modules)
-    model.requires_grad_(False)
-    for name in targets:
-        linears[name].weight.requires_grad_(True)
+    check_layers(model, targets)
+    with all_or_nothing(model):
+        model.requires_grad_(False)
+        for name in targets:
+            linears[name].weight.requires_grad_(True)
     return targets
 
 
@@ -158,8 +224,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in another's place, in its mode and with its hooks."""
     parent, _, attribute = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
+    old = model.get_submodule(name)
+    module.train(old.training)
+    move_hooks(old, module)
     setattr(model.get_submodule(parent), attribute, module)
 
 
@@ -171,45 +240,3 @@ def share_weights(model: nn.Module) -> nn.Module:
     """
     shared = {id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in model.parameters()}
     return copy.deepcopy(model, memo=shared | {id(buffer): buffer for buffer in model.buffers()})
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Every `LoRALinear` of the model with its name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
-
-
-def some_lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
-    """The same as a list; raises ValueError where there is none."""
-    layers = list(lora_layers(model))
-    if not layers:
-        raise ValueError("the model has no LoRA layer: call apply_lora(model, …) first.")
-    return layers
-
-
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every `lora_A` (rank, in_features) and `lora_B` (out_features, rank), in the model's order: what an optimizer
-    needs.
-
-    Raises ValueError if the model has no LoRA.
-
-    >>> model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
-    >>> _ = apply_lora(model, "all-linear", rank=2)     # all but the last, the output head
-    >>> [tuple(p.shape) for p in lora_parameters(model)]
-    [(2, 12), (8, 2)]
-    """
-    return [parameter for _, layer in some_lora_layers(model) for parameter in (layer.lora_A, layer.lora_B)]
-
-
-def lora_state_dict(model: nn.Module) -> dict:
-    """The factors by name ("….q_proj.lora_A"), detached, not copied; `model.load_state_dict(…, strict=False)` takes
-    them back.
-
-    Raises ValueError if the model has no LoRA.
-
-    >>> model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
-    >>> _ = apply_lora(model, ["0"], rank=2)
-    >>> {name: tuple(t.shape) for name, t in lora_state_dict(model).items()}
-    {'0.lora_A': (2, 12), '0.lora_B': (8, 2)}
-    """
-    return {f"{name}.{factor}": getattr(layer, factor).detach()
-            for name, layer in some_lora_layers(model) for factor in ("lora_A", "lora_B")}

@@ -11,7 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_edu.lora.settings import check_settings, scaling_of
+from lora_edu.lora.settings import check_settings, real, scaling_of
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+         "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -32,6 +36,42 @@ def features(layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a layer that `is_linear`."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_conv1d(layer) else (columns, rows)
+
+
+def check_weight(layer: nn.Module) -> None:
+    """Raise ValueError unless the weight of a layer that `is_linear` is a plain tensor of floating numbers, with
+    values, and kept by the layer itself.
+    """
+    weight = layer._parameters.get("weight", layer._buffers.get("weight"))
+    if weight is None:
+        raise ValueError("its weight is computed (by weight_norm, spectral_norm, pruning or the like), and what a "
+                         "merge writes there would be lost: make it a plain weight first, with "
+                         "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove.")
+    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dtype not in FLOATS or weight.layout != torch.strided:
+        dtype = str(getattr(weight, "dtype", "")).removeprefix("torch.")
+        raise ValueError(f"its weight is a {type(weight).__name__} of {dtype} numbers, and LoRA goes beside plain "
+                         "float32, float64, float16 or bfloat16: load the model without quantisation, and apply LoRA "
+                         "before the model is sharded.")
+    if weight.is_meta:
+        raise ValueError("its weight has no values (it is on the meta device, as an offloaded layer's is): load the "
+                         "whole model to one device first.")
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Does it compute something else than x Wᵀ + b? Then no merged weight can stand for it."""
+    return "forward" in vars(layer) or not (is_conv1d(layer) or type(layer).forward is nn.Linear.forward)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """What was hooked on `old` runs on `new`, which takes its place; the handles go on working."""
+    if old is not new:
+        for name in HOOKS:
+            theirs, own = vars(old)[name], vars(new)[name]
+            if isinstance(theirs, dict):                    # the same object: a handle knows the dict, not the module
+                theirs.update(own)
+                vars(old)[name], vars(new)[name] = type(theirs)(), theirs
+            elif theirs is not None:
+                vars(old)[name], vars(new)[name] = None, theirs
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -73,6 +113,12 @@ class LoRALinear(nn.Module):
         base_layer: the frozen layer; made new (an nn.Linear) when left out. See `wrap`.
         rslora: ``scaling = alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732).
 
+    Attributes:
+        weight: what the layer computes with, for whoever reads it: W₀ apart, the merged weight while merged. W₀ is
+            ``base_layer.weight``, and no merge changes it.
+        read_by_parent: the layer around this one reads `weight` and may go past `forward`: then `weight` is W₀ +
+            update apart, too (`apply_lora` sets it).
+
     Shapes:
         lora_A (rank, in_features), Kaiming-uniform as in loralib (the paper: Gaussian)
         lora_B (out_features, rank), zeros
@@ -81,7 +127,8 @@ class LoRALinear(nn.Module):
     The factors have the base's dtype, or float32 over a 16-bit base (as in PEFT): small updates need the digits.
 
     Raises:
-        ValueError: a rank outside the range above, an alpha that is not finite, a dropout that is no share.
+        ValueError: a rank outside the range above, an alpha that is no finite number, a dropout that is no share; a
+            base whose weight is no plain tensor of floating numbers.
 
     Source: Hu et al. (2021), "LoRA", section 4.1, arXiv:2106.09685.
 
@@ -97,31 +144,38 @@ class LoRALinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
                  base_layer: nn.Module | None = None, rslora: bool = False):
         super().__init__()
-        check_settings(in_features, out_features, rank, alpha, dropout)
+        rank, alpha, dropout = check_settings(in_features, out_features, rank, alpha, dropout)
+        base_layer = nn.Linear(in_features, out_features) if base_layer is None else base_layer
+        check_weight(base_layer)
+        self.register_buffer("merged_weight", None, persistent=False)   # state_dict() is the same merged or not
         self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, bool(rslora)
         self.scaling = scaling_of(rank, alpha, rslora)
         self.off = False                     # see `lora_off`
-        self.base_layer = (nn.Linear(in_features, out_features) if base_layer is None
-                           else base_layer).requires_grad_(False)
-        dtype = self.weight.dtype if self.weight.dtype not in (torch.bfloat16, torch.float16) else torch.float32
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=self.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=self.weight.device))
+        self.read_by_parent = False
+        weight = base_layer.weight
+        dtype = weight.dtype if weight.dtype not in (torch.bfloat16, torch.float16) else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-        self.register_buffer("merged_weight", None, persistent=False)   # state_dict() is the same merged or not
+        self.base_layer = base_layer.requires_grad_(False)
+        self.register_load_state_dict_post_hook(_merge_anew)
 
     @classmethod
     def wrap(cls, base_layer: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rslora: bool = False
              ) -> "LoRALinear":
         """The same, around a layer that exists (nn.Linear, or transformers' Conv1D): it is frozen in place, not
-        copied.
+        copied, and its hooks run on the new layer.
         """
         if isinstance(base_layer, cls):
             raise ValueError("this layer is a LoRALinear already: wrap its base_layer, or remove_lora first.")
         if not is_linear(base_layer):
             raise TypeError(f"a {type(base_layer).__name__} cannot be wrapped: LoRALinear takes nn.Linear and "
                             "transformers' Conv1D.")
-        return cls(*features(base_layer), rank, alpha, dropout, base_layer, rslora)
+        check_weight(base_layer)
+        layer = cls(*features(base_layer), rank, alpha, dropout, base_layer, rslora)
+        move_hooks(base_layer, layer)
+        return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The formula is ``base_layer(x) + scaling * (x @ lora_A.T) @ lora_B.T``; `_add_update` says why its lines
@@ -148,15 +202,17 @@ class LoRALinear(nn.Module):
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("a merged layer cannot train, its factors are out of the sum: "
                                "call unmerge(), or eval() to use it.")
+        if any(vars(self.base_layer)[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
+            return torch.func.functional_call(self.base_layer, {"weight": self.merged_weight}, (x,))
         return F.linear(x, self.merged_weight.T if is_conv1d(self.base_layer) else self.merged_weight, self.bias)
 
     @property
     def weight(self) -> torch.Tensor:
-        """W₀ as the base layer stores it: (out_features, in_features), or transposed in a Conv1D.
-
-        Never changed by a merge.
-        """
-        return self.base_layer.weight
+        """What the layer computes with, (out_features, in_features), or transposed in a Conv1D: see the class."""
+        base = self.base_layer.weight
+        if self.off or not (self.merged or self.read_by_parent):
+            return base
+        return self.merged_weight if self.merged else (base + self._laid_out(self.delta_weight())).to(base.dtype)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -166,13 +222,32 @@ class LoRALinear(nn.Module):
     def merged(self) -> bool:
         return self.merged_weight is not None
 
+    @property
+    def scaling(self) -> float:
+        """What the product B A is multiplied by. Setting it raises RuntimeError while the layer is merged."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        if self.merged:
+            raise RuntimeError("this layer is merged, and the merged weight would not follow: call unmerge() first.")
+        if real(value) is None:
+            raise ValueError(f"scaling={value!r} is no finite number: choose one such as {self.alpha / self.rank:g}.")
+        self._scaling = real(value)
+
     def set_strength(self, strength: float) -> None:
         """Count the update `strength` times: 0 is the base, 1 what was trained."""
-        self.scaling = strength * scaling_of(self.rank, self.alpha, self.rslora)
+        if real(strength) is None:
+            raise ValueError(f"strength={strength!r} is no finite number: 0 is the base, 1 what was trained.")
+        self.scaling = real(strength) * scaling_of(self.rank, self.alpha, self.rslora)
 
     def delta_weight(self) -> torch.Tensor:
         """The update ``scaling * lora_B @ lora_A``, (out_features, in_features), in the factors' dtype."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+    def _laid_out(self, update: torch.Tensor) -> torch.Tensor:
+        """An update (out_features, in_features) as W₀ is stored."""
+        return update.T if is_conv1d(self.base_layer) else update
 
     @torch.no_grad()
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,16 +255,19 @@ class LoRALinear(nn.Module):
 
         Raises:
             RuntimeError: the layer is in training mode with dropout, which a merged weight cannot do.
-            ValueError: an entry of the update, or of the sum, is not finite.
+            ValueError: an entry of the update, or of the sum, is not finite; the base layer has a forward of its own.
         """
+        if has_own_forward(self.base_layer):
+            raise ValueError(f"a {type(self.base_layer).__name__} has a forward of its own, and no merged weight can "
+                             "stand for that: use the layer as it is, with its update beside it.")
         if self.dropout and self.training:
             raise RuntimeError(f"the layer is in training mode with dropout={self.dropout:g}, which a merged weight "
                                "leaves out: call model.eval() first, then merge.")
-        wide = wide_dtype(self.weight.dtype, self.lora_A.dtype)
-        with torch.autocast(self.weight.device.type, enabled=False):         # it would make the product in 16 bits
-            delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
-        delta = delta.T if is_conv1d(self.base_layer) else delta
-        return rounded_sum(self.weight, delta), delta
+        base = self.base_layer.weight
+        wide = wide_dtype(base.dtype, self.lora_A.dtype)
+        with torch.autocast(base.device.type, enabled=False):         # it would make the product in 16 bits
+            delta = self._laid_out(self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide)))
+        return rounded_sum(base, delta), delta
 
     def folded_weight(self) -> torch.Tensor:
         """W₀ plus the update, laid out and typed as W₀; raises what `fold` raises."""
@@ -214,3 +292,10 @@ class LoRALinear(nn.Module):
         rule = ", rslora=True" if self.rslora else ""
         return (f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}, dropout={self.dropout:g}, "
                 f"merged={self.merged}{rule}")
+
+
+def _merge_anew(layer: LoRALinear, _) -> None:
+    """After load_state_dict: a merged layer follows what was loaded; apart, if the new numbers cannot be merged."""
+    if layer.merged:
+        layer.unmerge()
+        layer.merge()

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lora_edu.lora.inject import replace, some_lora_layers
+from lora_edu.lora.factors import some_lora_layers
+from lora_edu.lora.inject import replace
 from lora_edu.lora.layer import LoRALinear
-from lora_edu.lora.targets import shorten
+from lora_edu.lora.targets import shorten, unwrap
 from lora_edu.tables import ShowsTables, Table
 
 
@@ -107,7 +108,7 @@ def merge_lora(model: nn.Module) -> MergeReport:
 
     Raises:
         RuntimeError: a layer is merged already, or in training mode with dropout.
-        ValueError: an update, or its sum with W₀, is not finite.
+        ValueError: an update, or its sum with W₀, is not finite; a layer has a forward of its own.
 
     Source: Hu et al. (2021), section 4.1, "No Additional Inference Latency".
 
@@ -122,9 +123,20 @@ def merge_lora(model: nn.Module) -> MergeReport:
     if merged:
         raise RuntimeError(f"merged already: {shorten(merged)}. Call unmerge_lora(model) first.")
     folded, report = _fold_all(layers, keep=True)
-    for (_, layer), weight in zip(layers, folded, strict=True):
-        layer.merged_weight = weight
+    _set_merged(layers, folded)
     return report
+
+
+def _set_merged(layers: list[tuple[str, LoRALinear]], weights: list) -> None:
+    """Every layer's merged weight (None: apart), or, stopped on the way, none of them."""
+    before = [layer.merged_weight for _, layer in layers]
+    try:
+        for (_, layer), weight in zip(layers, weights, strict=True):
+            layer.merged_weight = weight
+    except BaseException:
+        for (_, layer), weight in zip(layers, before, strict=True):
+            layer.merged_weight = weight
+        raise
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -141,23 +153,22 @@ def unmerge_lora(model: nn.Module) -> None:
     apart = [name for name, layer in layers if not layer.merged]
     if apart:
         raise RuntimeError(f"not merged: {shorten(apart)}. Call merge_lora(model) first.")
-    for _, layer in layers:
-        layer.unmerge()
+    _set_merged(layers, [None] * len(layers))
 
 
 def remove_lora(model: nn.Module, *, merge: bool) -> MergeReport | None:
     """Put the plain layers back: with the update written into their weights (`merge=True`), or as they were (`False`).
 
     Written in place, one matrix at a time: no second copy of the model is needed. A merged model is welcome: the update
-    is added to W₀, which a merge never touches. Parameters stay frozen; call `model.requires_grad_(True)` to train
-    them.
+    is added to W₀, which a merge never touches. Stopped on the way (Ctrl-C), every layer is either done or as it was,
+    and the same call goes on. Parameters stay frozen; call `model.requires_grad_(True)` to train them.
 
     Returns:
         With `merge=True` what `merge_lora` returns.
 
     Raises (`merge=True`; then nothing has been changed):
         RuntimeError: a layer is in training mode with dropout.
-        ValueError: an update, or its sum with W₀, is not finite.
+        ValueError: an update, or its sum with W₀, is not finite; a layer has a forward of its own.
 
     >>> from lora_edu import apply_lora
     >>> model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
@@ -169,10 +180,23 @@ def remove_lora(model: nn.Module, *, merge: bool) -> MergeReport | None:
     layers = some_lora_layers(model)
     report = _fold_all(layers, keep=False)[1] if merge else None      # all are checked before the first is written
     for name, layer in layers:
-        if merge:
-            layer.base_layer.weight.data.copy_(layer.folded_weight())
-        replace(model, name, layer.base_layer)
+        _put_plain_back(unwrap(model), name, layer, merge)
     return report
+
+
+def _put_plain_back(model: nn.Module, name: str, layer: LoRALinear, merge: bool) -> None:
+    """One layer, or nothing: were the update written and its factors still there, the next call would add it again."""
+    weight = layer.base_layer.weight.data
+    folded, before = (layer.folded_weight(), weight.clone()) if merge else (weight, None)
+    try:
+        if merge:
+            weight.copy_(folded)
+        replace(model, name, layer.base_layer)
+    except BaseException:
+        if merge:
+            weight.copy_(before)
+        replace(model, name, layer)
+        raise
 
 
 def _fold_all(layers: list[tuple[str, LoRALinear]], keep: bool) -> tuple[list[torch.Tensor], MergeReport]:
@@ -183,8 +207,8 @@ def _fold_all(layers: list[tuple[str, LoRALinear]], keep: bool) -> tuple[list[to
     for name, layer in layers:
         try:
             weight, delta = layer.fold()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"{name}: {error}") from None
         parts[name] = Rounding.of(layer.base_layer.weight, delta, weight)
         if keep:
             folded.append(weight)

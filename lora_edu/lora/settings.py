@@ -5,6 +5,7 @@ Sources: Hu et al. (2021), section 4.1, for alpha / rank; Kalajdzievski (2023), 
 ("rsLoRA").
 """
 import math
+import operator
 from dataclasses import dataclass
 
 FIXED_ALPHA = 16
@@ -21,16 +22,49 @@ def scaling_of(rank: int, alpha: float, rslora: bool = False) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def check_settings(in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Raise ValueError, in one sentence, for settings that do not fit an (out_features, in_features) weight."""
-    largest = min(in_features, out_features)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
-        raise ValueError(f"rank={rank!r} does not fit a {out_features} x {in_features} weight: choose a whole number, "
-                         f"1 <= rank <= {largest}.")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha={alpha} is not finite: choose a number such as {2 * rank} (twice the rank).")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} is not a share: choose 0 <= dropout < 1.")
+def whole(value) -> int | None:
+    """Python's int of a whole number of any make (NumPy's and torch's too), or None for anything else; True is none.
+
+    >>> whole(8), whole(8.0), whole("8"), whole(True)
+    (8, None, None, None)
+    """
+    try:
+        return None if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def real(value) -> int | float | None:
+    """Python's int or float of a finite number of any make, or None for anything else; text is none.
+
+    >>> real(16), real(0.5), real("16"), real(float("nan"))
+    (16, 0.5, None, None)
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return None
+    try:
+        number = float(value) if whole(value) is None else whole(value)
+    except (TypeError, ValueError, RuntimeError):          # an array of several
+        return None
+    return number if math.isfinite(number) else None
+
+
+def check_settings(in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0
+                   ) -> tuple[int, float, float]:
+    """rank, alpha and dropout as Python's own numbers; ValueError, in one sentence, where they do not fit an
+    (out_features, in_features) weight.
+    """
+    largest, asked, (rank, alpha, dropout) = min(in_features, out_features), (rank, alpha, dropout), (
+        whole(rank), real(alpha), real(dropout))
+    if rank is None or not 1 <= rank <= largest:
+        raise ValueError(f"rank={asked[0]!r} does not fit a {out_features} x {in_features} weight: choose a whole "
+                         f"number, 1 <= rank <= {largest}.")
+    if alpha is None:
+        raise ValueError(f"alpha={asked[1]!r} is not finite, or no number: choose one such as {2 * rank} (twice "
+                         "the rank).")
+    if dropout is None or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={asked[2]!r} is not a share: choose 0 <= dropout < 1.")
+    return rank, alpha, dropout
 
 
 @dataclass(frozen=True)
@@ -59,6 +93,9 @@ class LoRASettings:
     def __post_init__(self):
         if not isinstance(self.target_modules, str):       # a list becomes a tuple, so that settings can be keys
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name, read in (("rank", whole), ("alpha", real), ("lr", real), ("seed", whole)):
+            value = getattr(self, name)                    # NumPy's numbers become Python's, which JSON can hold
+            object.__setattr__(self, name, value if read(value) is None else read(value))
 
     @classmethod
     def by_rule(cls, rule: str, rank: int, **rest) -> "LoRASettings":

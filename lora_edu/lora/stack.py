@@ -9,15 +9,15 @@ Sources: Hu et al. (2021), section 4.1, for one adapter; Chen et al. (2023), "Pu
 batch.
 """
 import contextlib
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from lora_edu.lora.inject import choose_layers, linear_layers, replace, share_weights
+from lora_edu.lora.inject import all_or_nothing, choose_layers, linear_layers, replace, share_weights
 from lora_edu.lora.layer import LoRALinear, features
-from lora_edu.lora.settings import LoRASettings
+from lora_edu.lora.settings import LoRASettings, real, whole
+from lora_edu.lora.targets import shorten, unwrap, weight_readers
 
 
 class StackedLinear(nn.Module):
@@ -83,19 +83,20 @@ class LoRAStack:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[LoRASettings]):
+        self.model = model = unwrap(model)
         targets = targets_of(model, adapters)
-        linears = linear_layers(model)
-        self.model, self.adapters, self.routing = model, list(adapters), {"index": None}
+        self.adapters, self.routing = list(adapters), {"index": None}
         self.layers: dict[str, StackedLinear] = {}
-        model.requires_grad_(False)
-        for name, base_layer in linears.items():
-            ranks = [adapter.rank if name in target else 0 for adapter, target in zip(adapters, targets)]
-            if any(ranks):
-                scalings = [adapter.scaling if rank else 0.0 for adapter, rank in zip(adapters, ranks)]
-                self.layers[name] = StackedLinear(base_layer, ranks, scalings, self.routing)
-                replace(model, name, self.layers[name])
-        for i in range(len(adapters)):
-            self.reset(i)
+        with all_or_nothing(model):
+            model.requires_grad_(False)
+            for name, base_layer in linear_layers(model).items():
+                ranks = [adapter.rank if name in target else 0 for adapter, target in zip(adapters, targets)]
+                if any(ranks):
+                    scalings = [adapter.scaling if rank else 0.0 for adapter, rank in zip(adapters, ranks)]
+                    self.layers[name] = StackedLinear(base_layer, ranks, scalings, self.routing)
+                    replace(model, name, self.layers[name])
+            for i in range(len(adapters)):
+                self.reset(i)
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -176,12 +177,18 @@ def targets_of(model: nn.Module, adapters: Sequence[LoRASettings]) -> list[list[
     """
     if not adapters:
         raise ValueError("no adapters: give a list with at least one LoRASettings(rank=…, alpha=…).")
-    targets = []
+    targets, readers = [], weight_readers(model)
     for i, adapter in enumerate(adapters):
         try:
-            if not math.isfinite(adapter.lr):
-                raise ValueError(f"lr={adapter.lr} is not finite: choose a number such as 0.01.")
-            targets.append(list(choose_layers(model, adapter.target_modules, adapter.rank, adapter.alpha)))
+            if real(adapter.lr) is None:
+                raise ValueError(f"lr={adapter.lr!r} is not finite, or no number: choose one such as 0.01.")
+            if whole(adapter.seed) is None:
+                raise ValueError(f"seed={adapter.seed!r} is no whole number: choose one such as 0.")
+            chosen = list(choose_layers(model, adapter.target_modules, adapter.rank, adapter.alpha))
+            if silent := [name for name in chosen if name in readers]:
+                raise ValueError(f"the layer around {shorten(silent)} reads the weight and may go past the stack: "
+                                 "leave it out of target_modules, or use apply_lora.")
+            targets.append(chosen)
         except ValueError as error:
             raise ValueError(f"adapter {i}: {error}") from None
     return targets

@@ -11,7 +11,8 @@ import copy
 import torch
 from torch import nn
 
-from lora_edu.lora.inject import apply_lora, lora_layers, unfreeze_matrices
+from lora_edu.lora.factors import lora_layers
+from lora_edu.lora.inject import apply_lora, unfreeze_matrices
 from lora_edu.lora.merge import merge_lora, remove_lora
 from lora_edu.models.bridge import END, encode
 from lora_edu.rivals.bottleneck import apply_adapters

@@ -20,7 +20,7 @@ from lora_edu import (
     unmerge_lora,
 )
 from lora_edu.lora.adapter_file import save_adapter
-from lora_edu.lora.inject import lora_layers
+from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.merge import MergeReport, Rounding
 from lora_edu.measure.operators import matrix_products, operators
 from lora_edu.models.llama import Llama

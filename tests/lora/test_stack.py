@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_edu import apply_lora
 from lora_edu.lora.adapter_file import load_adapter, save_adapter
-from lora_edu.lora.inject import lora_layers, lora_parameters
+from lora_edu.lora.factors import lora_layers, lora_parameters
 from lora_edu.lora.merge import remove_lora
 from lora_edu.lora.settings import LoRASettings
 from lora_edu.lora.stack import LoRAStack, StackedLinear

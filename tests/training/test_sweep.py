@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from lora_edu.lora.inject import lora_layers
+from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.settings import LoRASettings
 from lora_edu.lora.stack import LoRAStack, StackedLinear
 from lora_edu.training import sweep as module

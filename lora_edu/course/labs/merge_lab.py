@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_edu.course.page.show import BLACK, LABELS, look, new_figure
 from lora_edu.course.page.widgets import picture_with_controls
-from lora_edu.lora.inject import lora_layers, share_weights, some_lora_layers
+from lora_edu.lora.factors import lora_layers, some_lora_layers
+from lora_edu.lora.inject import share_weights
 from lora_edu.lora.layer import LoRALinear
 from lora_edu.lora.merge import Rounding
 from lora_edu.lora.targets import shorten

@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from lora_edu.lora.inject import lora_layers
+from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.layer import is_linear
 from lora_edu.models.pretrained import best_device, load_pretrained
 from lora_edu.rivals.methods import prepare, solved_cards

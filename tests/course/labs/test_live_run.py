@@ -9,7 +9,8 @@ import torch
 
 from lora_edu.course.labs import live_run
 from lora_edu.course.labs.live_run import Lesson, LiveRun, Point, middle, singular_values
-from lora_edu.lora.inject import apply_lora, lora_layers
+from lora_edu.lora.factors import lora_layers
+from lora_edu.lora.inject import apply_lora
 from lora_edu.lora.settings import LoRASettings
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro, corpora

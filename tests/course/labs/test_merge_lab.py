@@ -13,7 +13,8 @@ from torch import nn
 
 from lora_edu.course.labs import merge_lab as lab
 from lora_edu.course.page import widgets
-from lora_edu.lora.inject import apply_lora, lora_layers
+from lora_edu.lora.factors import lora_layers
+from lora_edu.lora.inject import apply_lora
 from lora_edu.lora.merge import merge_lora, remove_lora, set_strength
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.training.loop import evaluate

@@ -9,7 +9,7 @@ import torch
 from lora_edu import load_pretrained
 from lora_edu.course.records import comparisons, runs, stored
 from lora_edu.course.records.stored import load_record
-from lora_edu.lora.inject import lora_layers
+from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.targets import PLACEMENTS
 
 pytestmark = pytest.mark.slow
