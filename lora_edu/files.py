@@ -3,16 +3,24 @@ none.
 
 A model on disk is a folder, a safetensors file, or a name on the Hugging Face hub. Nothing is unpickled here.
 """
+import contextlib
 import hashlib
 import json
+import os
+import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-FILES = (".safetensors", ".bin", ".pt", ".pth")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# what people try to load, and is something else
+OTHERS = {".npz": "a NumPy", ".npy": "a NumPy", ".h5": "an HDF5", ".hdf5": "an HDF5", ".gguf": "a GGUF",
+          ".onnx": "an ONNX", ".msgpack": "a Flax", ".tflite": "a TensorFlow", ".pb": "a TensorFlow"}
+FILES = (".safetensors", *PICKLED, *OTHERS)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_EXAMPLE = "a name on the hub is written owner/name, such as HuggingFaceTB/SmolLM2-135M"
 
@@ -33,17 +41,18 @@ def tensor_files(path: Path) -> dict[str, Path]:
         return {tensor: path / name for tensor, name in where.items()}
     single = path / "model.safetensors"
     if not single.is_file():
-        raise FileNotFoundError(f"{path} has neither model.safetensors nor model.safetensors.index.json; old pickled "
-                                ".bin weights are not read: convert them with transformers first.")
+        raise FileNotFoundError(f"{path} has neither model.safetensors nor model.safetensors.index.json: give the "
+                                "folder of a model saved as safetensors.")
     return dict.fromkeys(tensor_headers(single), single)
 
 
 def _read_index(index: Path) -> dict[str, str]:
     """The weight_map of an index: name of each tensor -> name of its file."""
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index} is no index of a model (JSON with a weight_map): fetch it again.") from None
+    where = read_json(index, "an index of a model, with a weight_map").get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise ValueError(f"{index} is no index of a model (JSON with a weight_map, tensor names to file names): fetch "
+                         "it again.")
+    return where
 
 
 def tensor_headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -51,21 +60,71 @@ def tensor_headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
     Raises ValueError if the file is damaged, or says that it holds more than it does.
     """
-    try:
-        with safe_open(file, framework="pt") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}
-            return {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
-    except SafetensorError as error:
-        raise damaged(file, error) from None
+    if file.suffix in OTHERS:
+        raise other_format(file)
+    with _opened(file) as f:
+        slices = {name: f.get_slice(name) for name in f.keys()}
+        return {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
     """One tensor, mapped from the file: the file is opened for it alone, so its pages go when the tensor goes."""
+    with _opened(file) as f:
+        return f.get_tensor(name)
+
+
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata; raises ValueError as `read_tensor` does."""
+    with _opened(file) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(file: Path):
+    readable(file)
     try:
         with safe_open(file, framework="pt") as f:
-            return f.get_tensor(name)
+            yield f
     except SafetensorError as error:
         raise damaged(file, error) from None
+
+
+def readable(file: Path) -> None:
+    """Raise PermissionError, in one sentence, for a file that is there and may not be read."""
+    if file.exists() and not os.access(file, os.R_OK):
+        raise PermissionError(f"{file} is there and may not be read: give yourself the right to, or copy it.")
+
+
+def read_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an old .bin or .pt file, read by the loader that builds nothing but tensors.
+
+    What training scripts wrap around them ("state_dict", "model_state_dict", "model") is taken off.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
+    readable(file)
+    if file.suffix in OTHERS:
+        raise other_format(file)
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged, or a pickle that holds more than plain tensors and could run code, so it "
+                         "is not read: convert it to safetensors where you trust it "
+                         f"({type(error).__name__}).") from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        inner = loaded.get(key) if isinstance(loaded, Mapping) else None
+        loaded = inner if isinstance(inner, Mapping) else loaded
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        held = f"a {type(loaded).__name__}" + (f" of {', '.join(map(repr, list(loaded)[:4]))}"
+                                               if isinstance(loaded, Mapping) else "")
+        raise ValueError(f"{file} holds {held}, not tensors by name: save model.state_dict() instead.")
+    return dict(loaded)
+
+
+def other_format(file: Path) -> ValueError:
+    return ValueError(f"{file} is {OTHERS[file.suffix]} file, and weights are read from .safetensors, .bin, .pt, .pth "
+                      "and .ckpt: load it where it was made and save the tensors with safetensors.")
 
 
 def damaged(file: Path, error: SafetensorError) -> ValueError:
@@ -86,8 +145,8 @@ def read_json(file: Path, what: str) -> dict:
             been there.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:             # no JSON, or no UTF-8
+        content = json.loads(file.read_bytes())             # UTF-8, 16 or 32, with or without a mark at its start
+    except (ValueError, RecursionError) as error:           # no JSON, no text, or brackets without end
         raise ValueError(f"{file} is not JSON ({error}): give {what}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no settings: give {what}.")

@@ -4,18 +4,24 @@
 alike: `names`, `shapes`, `get(name)`, `dtype(name)`, `tied` (second name -> first name), `layer(name)`, the module that
 holds a tensor, if known, `module_names`, and `files`, where it was read from.
 """
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lora_edu.files import HUB_EXAMPLE, locate, read_json, read_tensor, tensor_files, tensor_headers
+from lora_edu.files import (
+    HUB_EXAMPLE,
+    PICKLED,
+    locate,
+    read_json,
+    read_pickled,
+    read_tensor,
+    tensor_files,
+    tensor_headers,
+)
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PICKLED = (".bin", ".pt", ".pth")
 
 
 class TensorsInMemory:
@@ -89,29 +95,12 @@ def open_side(source: nn.Module | str | Path) -> Side:
     path, said = locate(source), str(source)
     if path.is_file():
         if path.suffix in PICKLED:
-            return TensorsInMemory(said, _load_pickled(path), files=[path])
+            return TensorsInMemory(said, read_pickled(path), files=[path])
         return TensorsInFiles(said, dict.fromkeys(tensor_headers(path), path), read_config(path.parent))
     old = sorted(path.glob("pytorch_model*.bin"))
     if old and not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return TensorsInMemory(said, {name: t for file in old for name, t in _load_pickled(file).items()}, files=old)
+        return TensorsInMemory(said, {name: t for file in old for name, t in read_pickled(file).items()}, files=old)
     return TensorsInFiles(said, tensor_files(path), read_config(path))
-
-
-def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an old file, read by the loader that builds nothing but tensors; anything else in it is
-    refused.
-    """
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is damaged, or a pickle that holds more than plain tensors and could run code, so it "
-                         "is not read: convert it to safetensors where you trust it "
-                         f"({type(error).__name__}).") from None
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}, not tensors by name: "
-                         "save model.state_dict() instead.")
-    return loaded
 
 
 def _read_headers(where: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -5,42 +5,51 @@ some wrong files with a warning or with none; here every tensor must have its pl
 
 Source: PEFT 0.21, developer guide "checkpoint format".
 """
+import contextlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from lora_edu.files import read_json, write_together
-from lora_edu.lora.factors import lora_state_dict, some_lora_layers
-from lora_edu.lora.inject import LoRAReport, apply_lora
-from lora_edu.lora.layer import is_conv1d
-from lora_edu.lora.merge import remove_lora
-from lora_edu.lora.targets import ends_in
+from lora_edu.files import read_pickled, read_tensors, write_together
+from lora_edu.lora.adapter_config import CONFIG, config_of, for_layer, read_config
+from lora_edu.lora.factors import lora_layers, lora_state_dict, refuse_adapted, some_lora_layers
+from lora_edu.lora.fingerprint import differs, fingerprint
+from lora_edu.lora.inject import LoRAReport, all_or_nothing, check_layers, linear_layers, wrap_layers
+from lora_edu.lora.layer import features
+from lora_edu.lora.misfit import explain_misfit
+from lora_edu.lora.targets import ends_in, find_targets, plain_name, shorten, unwrap
 
-PREFIX, CONFIG, TENSORS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
-# what changes the numbers and is not computed here; each is refused by name when it is set
-UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
-               "exclude_modules", "target_parameters", "layer_replication", "trainable_token_indices")
+PREFIX, TENSORS, OLD_TENSORS = "base_model.model.", "adapter_model.safetensors", "adapter_model.bin"
+BASE = "lora_edu.base"                      # the metadata's key for the fingerprint of the base
 
 
 def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32,
                  base_name: str | None = None) -> int:
-    """Write the model's LoRA factors in PEFT's format, both files or none; returns the bytes of the tensor file.
+    """Write what the model's LoRA computes now in PEFT's format, both files or none; returns the bytes of the tensor
+    file.
+
+    Ranks and scalings that differ between layers are kept, a strength is folded into alpha, and whatever else trains (a
+    new head, an embedding) is written whole, under `modules_to_save`. A fingerprint of the base lies in the tensor
+    file's metadata, where PEFT does not look.
 
     Args:
         folder: made if it is not there.
         dtype: of the stored factors; torch.bfloat16 halves the file and keeps 8 bits of each number.
         base_name: the model the adapter belongs to, for the reader of the config.
 
-    Raises ValueError if the model has no LoRA.
+    Raises:
+        ValueError: the model has no LoRA, a number is not finite (in this dtype), or something trains that the format
+            cannot hold.
 
     Source: PEFT 0.21, developer guide "checkpoint format".
 
     >>> import tempfile
+    >>> from lora_edu import apply_lora
     >>> model, folder = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3)), tempfile.mkdtemp()
     >>> _ = apply_lora(model, ["0"], rank=2)
     >>> save_adapter(model, folder) > 4 * 2 * (12 + 8)      # bytes: the numbers, and a header
@@ -48,34 +57,55 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     >>> sorted(file.name for file in Path(folder).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    layers = some_lora_layers(model)
-    first = layers[0][1]
-    modules = [name for name, _ in model.named_modules() if ".base_layer" not in name]
-    config = adapter_config(first.rank, first.alpha, target_modules([name for name, _ in layers], modules), base_name,
-                            is_conv1d(first.base_layer),
-                            first.rslora) | {"task_type": "CAUSAL_LM", "lora_dropout": first.dropout}
-    return write_adapter(folder, {name: t.to(dtype) for name, t in lora_state_dict(model).items()}, config)
+    model = unwrap(model)
+    layers = {plain_name(name): layer for name, layer in some_lora_layers(model)}
+    modules = [plain_name(name) for name, _ in model.named_modules() if ".base_layer" not in name]
+    beside = _trained_beside(model)
+    generates = hasattr(model, "prepare_inputs_for_generation") or hasattr(model, "new_cache")
+    config = adapter_config(base_name, target_modules(list(layers), modules)) | config_of(layers) | {
+        "task_type": "CAUSAL_LM" if generates else None, "modules_to_save": list(beside) or None}
+    tensors = {f"{name}.weight": t.to(dtype) for name, t in lora_state_dict(model).items()}
+    tensors |= {f"{name}.{end}": t for name, state in beside.items() for end, t in state.items()}
+    return write_adapter(folder, tensors, config, fingerprint(model))
 
 
-def adapter_config(rank: int, alpha: float, targets: list[str] | str, base_name: str | None, transposed: bool,
-                   rslora: bool = False) -> dict:
-    """What adapter_config.json says of a plain LoRA; transposed: the targets store (in, out), as transformers'
-    Conv1D does.
-    """
+def _trained_beside(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """What trains and is no factor: name of each module that holds such a parameter itself -> its whole state."""
+    adapted = [name for name, _ in lora_layers(model)]
+    found = {}
+    for name, module in model.named_modules():
+        if name in adapted or not any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue
+        if name.endswith(".base_layer") or name == "base_layer" or any(a.startswith(name + ".") or not name
+                                                                       for a in adapted):
+            raise ValueError(f"{name or 'the model'} has numbers that train beside the factors, and PEFT's format has "
+                             "no place for both: freeze them (requires_grad_(False)), or save the whole model.")
+        found[plain_name(name)] = {end: t.detach() for end, t in module.state_dict().items()}
+    return found
+
+
+def adapter_config(base_name: str | None, targets: list[str] | str) -> dict:
+    """What every adapter_config.json of ours says; ranks and alphas come from elsewhere."""
     return {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_name, "inference_mode": True,
-            "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "lora_dropout": 0.0, "bias": "none",
-            "fan_in_fan_out": transposed, "target_modules": targets}
+            "bias": "none", "target_modules": targets}
 
 
-def write_adapter(folder: str | Path, factors: dict[str, torch.Tensor], config: dict) -> int:
+def write_adapter(folder: str | Path, tensors: Mapping[str, torch.Tensor], config: dict, base: str | None = None) -> int:
     """Write both files of an adapter, or none; returns the bytes of the tensor file.
 
     Args:
-        factors: "module name.lora_A" and "….lora_B" -> tensor.
+        tensors: "module name.lora_A.weight" and "….lora_B.weight" -> tensor, and those of modules_to_save.
+        base: the fingerprint of the base, if it has one.
+
+    Raises ValueError for a number that is not finite.
     """
-    folder, tensors = Path(folder), {f"{PREFIX}{name}.weight": t.contiguous() for name, t in factors.items()}
-    text = json.dumps(config, indent=2) + "\n"
-    write_together({folder / TENSORS: lambda part: save_file(tensors, part, metadata={"format": "pt"}),
+    broken = [name for name, t in tensors.items() if not t.isfinite().all()]
+    if broken:
+        raise ValueError(f"{shorten(broken, 3)} hold numbers that are not finite, so nothing is written: go back to "
+                         "the last good step, or save in float32 or bfloat16 if they are too large for float16.")
+    folder, stored = Path(folder), {f"{PREFIX}{name}": t.contiguous().clone() for name, t in tensors.items()}
+    text, metadata = json.dumps(config, indent=2) + "\n", {"format": "pt"} | ({BASE: base} if base else {})
+    write_together({folder / TENSORS: lambda part: save_file(stored, part, metadata=metadata),
                     folder / CONFIG: lambda part: part.write_text(text, encoding="utf-8")})
     return (folder / TENSORS).stat().st_size
 
@@ -92,13 +122,19 @@ def target_modules(names: list[str], modules: list[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in names)
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> LoRAReport:
-    """Give a plain model the adapter of a folder; the model is changed in place, or not at all.
+def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> LoRAReport:
+    """Give a plain model the adapter of a folder, in place or not at all; the model is in eval mode then, as PEFT's.
+
+    Modules that were saved whole (`modules_to_save`: a head that was trained) replace the model's own numbers, also
+    after `remove_lora`.
+
+    Args:
+        any_base: load it on a model that is not the one it was made for, too.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: the config asks for more than plain LoRA, a file is damaged, or the tensors do not fit this model
-            one to one (another base, other targets, another rank).
+        ValueError: the config asks for more than plain LoRA, a file is damaged, the tensors do not fit this model one
+            to one, or the adapter was made for another base; the reason is in the sentence.
 
     Source: as `save_adapter`.
 
@@ -108,36 +144,93 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoRAReport:
     >>> load_adapter(model, BISTRO_ADAPTER).rank
     6
     """
-    folder = Path(folder)
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: give the folder of a LoRA adapter in PEFT's format.")
-    config = read_json(folder / CONFIG, "an adapter_config.json that PEFT wrote")
-    asked = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("peft_type") != "LORA" or asked:
-        raise ValueError(f"{folder / CONFIG} asks for {', '.join(asked) or config.get('peft_type')}: only plain LoRA "
-                         "is read here; load it with PEFT.")
-    try:
-        stored = load_file(folder / TENSORS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS} is damaged or no safetensors file ({error}): fetch it again.") from None
-    stored = {name.removeprefix(PREFIX).removesuffix(".weight"): t for name, t in stored.items()}
-    report = apply_lora(model, config["target_modules"], config.get("r", 8), config.get("lora_alpha", 8),
-                        config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
-    places = lora_state_dict(model)
-    wrong = _describe_misfit(stored, places)
+    folder, model = Path(folder), unwrap(model)
+    config, stored, base = read_adapter(folder)
+    refuse_adapted(model)
+    linears = linear_layers(model)
+    targets = find_targets(model, linears, config["target_modules"])
+    check_layers(model, targets)
+    settings = {name: for_layer(config, plain_name(name)) for name in targets}
+    heads = _modules_to_save(model, config["modules_to_save"])
+    wrong = explain_misfit(stored, _places(linears, settings) | heads)
     if wrong:
-        remove_lora(model, merge=False)
-        raise ValueError(f"the adapter in {folder} does not fit this model: "
-                         f"{wrong}. It was made for another base or other targets.")
+        raise ValueError(f"the adapter in {folder} does not fit this model: {wrong}")
+    other = differs(base, model) if base and not any_base else None
+    if other:
+        raise ValueError(f"the adapter in {folder} was made for another base: {other}. Load that base, or pass "
+                         "any_base=True.")
+    notes = [] if base else ["The file has no fingerprint of its base: whether this is the one, nobody checked."]
+    above = [name for name, each in settings.items() if each["rank"] > min(features(linears[name]))]
+    notes += [f"The rank is above the smaller side of {shorten(above, 3)}."] if above else []
+    with all_or_nothing(model), _put_back(heads):
+        wrap_layers(model, {name: (linears[name], each | {"any_rank": True}) for name, each in settings.items()})
+        _copy(stored, {f"{name}.weight": t for name, t in lora_state_dict(model).items()} | heads)
+    model.eval()
+    return LoRAReport.of(model, [name for name in linears if name not in targets], note=" ".join(notes))
+
+
+def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str | None]:
+    """The config, the tensors by their names in the model, and the base's fingerprint, of an adapter on disk; all that
+    can be told from the files alone is checked.
+    """
+    file = next((folder / name for name in (TENSORS, OLD_TENSORS) if (folder / name).is_file()), folder / TENSORS)
+    for part in (folder / CONFIG, file):
+        if not part.is_file():
+            raise FileNotFoundError(f"{folder} has no {part.name}: give the folder of a LoRA adapter in PEFT's format.")
+    config = read_config(folder)
+    found, metadata = (read_pickled(file), {}) if file.name == OLD_TENSORS else read_tensors(file)
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in found.items():
+        plain = plain_name(name.removeprefix(PREFIX))
+        if plain in stored:
+            raise ValueError(f"{file} holds {plain} twice, with and without a prefix: which one is meant, it does not "
+                             "say; keep one of them.")
+        stored[plain] = tensor
+    strange = [name for name, t in stored.items() if ".lora_" in name and not t.is_floating_point()]
+    broken = [name for name, t in stored.items() if t.is_floating_point() and not t.float().isfinite().all()]
+    if strange or broken:
+        raise ValueError(f"{file}: {shorten(strange or broken, 3)} hold "
+                         + (f"{stored[strange[0]].dtype} numbers and no floating ones" if strange
+                            else "numbers that are not finite")
+                         + ": this adapter is broken, take an earlier checkpoint.")
+    return config, stored, metadata.get(BASE)
+
+
+def _places(linears: Mapping[str, nn.Module], settings: Mapping[str, dict]) -> dict[str, torch.Tensor]:
+    """Name in the file -> a tensor of the shape that must be there, without values."""
+    places = {}
+    for name, each in settings.items():
+        into, out = features(linears[name])
+        for end, shape in (("A", (each["rank"], into)), ("B", (out, each["rank"]))):
+            places[f"{plain_name(name)}.lora_{end}.weight"] = torch.empty(shape, device="meta")
+    return places
+
+
+def _modules_to_save(model: nn.Module, entries: list[str]) -> dict[str, torch.Tensor]:
+    """The model's own tensors that the file's whole modules replace: name -> tensor."""
+    heads = {}
+    for entry in entries:
+        modules = {name: module for name, module in model.named_modules() if ends_in(name, entry)}
+        if not modules:
+            raise ValueError(f"the config saves a module {entry!r} whole, and this {type(model).__name__} has none: "
+                             "build the model with that head first.")
+        heads |= {f"{plain_name(name)}.{end}": t.detach() for name, module in modules.items()
+                  for end, t in module.state_dict().items()}
+    return heads
+
+
+@contextlib.contextmanager
+def _put_back(tensors: Mapping[str, torch.Tensor]):
+    """Whoever raises inside finds the values of these tensors as they were."""
+    before = {name: t.clone() for name, t in tensors.items()}
+    try:
+        yield
+    except BaseException:
+        _copy(before, tensors)
+        raise
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> None:
     for name, place in places.items():
-        place.copy_(stored[name])
-    return report
-
-
-def _describe_misfit(stored: dict, places: dict) -> str:
-    missing, extra = [n for n in places if n not in stored], [n for n in stored if n not in places]
-    shapes = [n for n in places if n in stored and stored[n].shape != places[n].shape]
-    said = [f"{len(names)} tensors {what} (first: {names[0]})" for names, what in
-            ((missing, "are missing"), (extra, "have no place"), (shapes, "have another shape")) if names]
-    return "; ".join(said)
+        place.copy_(tensors[name])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_edu.lora.layer import LoRALinear
+from lora_edu.lora.misfit import misfit
 from lora_edu.lora.targets import plain_name, shorten, unwrap
 
 
@@ -88,18 +89,6 @@ def load_lora_state_dict(model: nn.Module, tensors: Mapping[str, torch.Tensor]) 
         for name, place in places.items():
             place.copy_(before[name])
         raise
-
-
-def misfit(tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> str:
-    """What keeps these tensors out of these places, in words; empty where every one fits."""
-    missing, extra = [n for n in places if n not in tensors], [n for n in tensors if n not in places]
-    both = [n for n in places if n in tensors]
-    shapes = [n for n in both if tensors[n].shape != places[n].shape]
-    strange = [n for n in both if not tensors[n].is_floating_point() or not tensors[n].isfinite().all()]
-    said = [f"{len(names)} tensors {what} (first: {names[0]})" for names, what in
-            ((missing, "are missing"), (extra, "have no place"), (shapes, "have another shape"),
-             (strange, "hold numbers that are not finite, or no floating numbers")) if names]
-    return "; ".join(said)
 
 
 def refuse_adapted(model: nn.Module) -> None:

@@ -112,6 +112,7 @@ class LoRALinear(nn.Module):
         dropout: share of the inputs of ``lora_A`` that is zeroed in training mode.
         base_layer: the frozen layer; made new (an nn.Linear) when left out. See `wrap`.
         rslora: ``scaling = alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732).
+        any_rank: take a rank above the smaller side, too: files have them, and it adds nothing.
 
     Attributes:
         weight: what the layer computes with, for whoever reads it: W₀ apart, the merged weight while merged. W₀ is
@@ -142,9 +143,10 @@ class LoRALinear(nn.Module):
     merged_weight: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
-                 base_layer: nn.Module | None = None, rslora: bool = False):
+                 base_layer: nn.Module | None = None, rslora: bool = False, any_rank: bool = False):
         super().__init__()
-        rank, alpha, dropout = check_settings(in_features, out_features, rank, alpha, dropout)
+        largest = float("inf") if any_rank else min(in_features, out_features)
+        rank, alpha, dropout = check_settings(in_features, out_features, rank, alpha, dropout, largest)
         base_layer = nn.Linear(in_features, out_features) if base_layer is None else base_layer
         check_weight(base_layer)
         self.register_buffer("merged_weight", None, persistent=False)   # state_dict() is the same merged or not
@@ -162,8 +164,8 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_post_hook(_merge_anew)
 
     @classmethod
-    def wrap(cls, base_layer: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rslora: bool = False
-             ) -> "LoRALinear":
+    def wrap(cls, base_layer: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rslora: bool = False,
+             any_rank: bool = False) -> "LoRALinear":
         """The same, around a layer that exists (nn.Linear, or transformers' Conv1D): it is frozen in place, not
         copied, and its hooks run on the new layer.
         """
@@ -173,7 +175,7 @@ class LoRALinear(nn.Module):
             raise TypeError(f"a {type(base_layer).__name__} cannot be wrapped: LoRALinear takes nn.Linear and "
                             "transformers' Conv1D.")
         check_weight(base_layer)
-        layer = cls(*features(base_layer), rank, alpha, dropout, base_layer, rslora)
+        layer = cls(*features(base_layer), rank, alpha, dropout, base_layer, rslora, any_rank)
         move_hooks(base_layer, layer)
         return layer
 

@@ -49,13 +49,16 @@ def real(value) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def check_settings(in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0
-                   ) -> tuple[int, float, float]:
+def check_settings(in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0,
+                   largest: float | None = None) -> tuple[int, float, float]:
     """rank, alpha and dropout as Python's own numbers; ValueError, in one sentence, where they do not fit an
     (out_features, in_features) weight.
+
+    Args:
+        largest: rank that fits; by default the weight's smaller side.
     """
-    largest, asked, (rank, alpha, dropout) = min(in_features, out_features), (rank, alpha, dropout), (
-        whole(rank), real(alpha), real(dropout))
+    largest = min(in_features, out_features) if largest is None else largest
+    asked, (rank, alpha, dropout) = (rank, alpha, dropout), (whole(rank), real(alpha), real(dropout))
     if rank is None or not 1 <= rank <= largest:
         raise ValueError(f"rank={asked[0]!r} does not fit a {out_features} x {in_features} weight: choose a whole "
                          f"number, 1 <= rank <= {largest}.")

@@ -82,7 +82,7 @@ def rename(tensors):
     (lambda f: set_key(f, r=3), ValueError, "another shape"),
     (lambda f: set_key(f, target_modules=["q_proj", "v_porj"]), ValueError, "Did you mean 'v_proj'"),
     (lambda f: set_key(f, use_dora=True), ValueError, "use_dora"),
-    (lambda f: set_key(f, rank_pattern={"q_proj": 4}), ValueError, "rank_pattern"),
+    (lambda f: set_key(f, rank_pattern={"q_proj": 4}), ValueError, "another shape"),
     (lambda f: set_key(f, peft_type="IA3"), ValueError, "IA3"),
 ])
 def test_wrong_files_are_refused_and_the_model_stays_plain(spoil, error, message, saved):

@@ -1,0 +1,68 @@
+"""Which base an adapter was made for: a few numbers of tensors that no adapter changes, kept beside its factors.
+
+An adapter loads on any model of the same shapes, and is noise on all but one. Whether this is the one, a name cannot
+say; numbers can. They are rounded to bfloat16 and compared with room for one rounding, so that the base may be loaded
+in 16 bits; they come from embeddings, norms and biases, so that its matrices may be quantised.
+"""
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lora_edu.lora.layer import FLOATS, is_linear
+from lora_edu.lora.targets import plain_name
+
+TENSORS, VALUES = 8, 32                     # the largest tensors; numbers of each, evenly spread
+ROUNDING = 2**-7                            # twice what bfloat16 moves a number; float16 moves it less, but small ones
+SMALLEST = 2**-23
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """JSON: name of a tensor -> its shape and some of its values. None for a model in which nothing stays."""
+    known = _untouched(model)
+    largest = sorted((name for name in known if not known[name].requires_grad), key=lambda n: -known[n].numel())
+    said = {name: [list(known[name].shape), _values(known[name], known[name].numel())] for name in largest[:TENSORS]}
+    return json.dumps(said) if said else None
+
+
+def differs(said: str, model: nn.Module) -> str | None:
+    """The first tensor of a fingerprint that is another one in this model, in words; None where all agree."""
+    known = _untouched(model)
+    for name, (shape, values) in _read(said).items():
+        tensor = known.get(name)
+        # a vocabulary that grew has more rows, and the old ones in their places
+        if tensor is None or tensor.shape[1:] != torch.Size(shape[1:]) or len(tensor) < shape[0]:
+            return f"{name} is {'missing' if tensor is None else 'of another shape'} here"
+        there, own = torch.tensor(values), torch.tensor(_values(tensor, torch.Size(shape).numel()))
+        if not torch.allclose(own, there, rtol=ROUNDING, atol=SMALLEST):
+            return f"{name} holds other numbers here"
+    return None
+
+
+def _read(said: str) -> dict:
+    try:
+        found = {str(name): ([int(n) for n in shape], [float(v) for v in values])
+                 for name, (shape, values) in json.loads(said).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError("the adapter's note of its base cannot be read: fetch the adapter again.") from None
+    return found
+
+
+def _values(tensor: torch.Tensor, numel: int) -> list[float]:
+    """Numbers at evenly spread places among the first `numel`, rounded to bfloat16."""
+    places = torch.linspace(0, numel - 1, min(numel, VALUES)).long().to(tensor.device)
+    return tensor.detach().reshape(-1)[places].bfloat16().float().tolist()
+
+
+def _untouched(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """Name -> parameter of what LoRA does not go beside; of a model that is linear layers only, their biases, or their
+    frozen weights.
+    """
+    groups: tuple[dict, dict, dict] = ({}, {}, {})
+    for prefix, module in model.named_modules():
+        for end, parameter in module.named_parameters(recurse=False):
+            name = f"{plain_name(prefix)}.{end}".replace(".base_layer.", ".").removeprefix(".")
+            if end not in ("lora_A", "lora_B") and parameter.dtype in FLOATS and parameter.numel():
+                groups[(1 if end == "bias" else 2) if is_linear(module) else 0][name] = parameter
+    return next((group for group in groups if group), {})
