@@ -2,8 +2,10 @@
 costs (`memory`).
 """
 import argparse
+import io
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -51,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     cut.add_argument("--out", type=Path, required=True, metavar="FOLDER",
                      help="where to write it: a new or an empty folder")
     for verb, run in ((see, show_spectrum), (cut, extract)):
+        verb.add_argument("--kind", action="append", default=[], type=told, metavar="NAME=KIND",
+                          help="what bare files do not tell: ending of a module's name, and conv1d, conv2d or conv3d")
         verb.add_argument("base", metavar="BASE", help="the model before: " + SIDES)
         verb.add_argument("tuned", metavar="TUNED", help="the model after full fine-tuning")
         verb.set_defaults(run=run)
@@ -58,6 +62,13 @@ def parser() -> argparse.ArgumentParser:
                                 description="What a training step needs in memory, by formula: "
                                             "no weights are read, none need exist."))
     return top
+
+
+def told(text: str) -> tuple[str, str]:
+    name, equals, kind = text.partition("=")
+    if not equals or not name or kind not in ("conv1d", "conv2d", "conv3d"):
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=conv1d, NAME=conv2d or NAME=conv3d")
+    return name, kind
 
 
 def add_memory(verb: argparse.ArgumentParser) -> None:
@@ -78,7 +89,7 @@ def add_memory(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run=show_memory)
 
 
-def show_memory(args: argparse.Namespace) -> None:
+def show_memory(args: argparse.Namespace) -> int:
     sizes = sizes_of(args.model)
     targets = args.targets if args.targets == "all-linear" else tuple(args.targets.split(","))
     length = min(2048, sizes.context) if args.length is None else args.length
@@ -88,13 +99,15 @@ def show_memory(args: argparse.Namespace) -> None:
     print(f"{method}, {args.recipe}, {args.optimizer}, {args.batch} x {length} tokens" + ", checkpointing"
           * args.checkpointing)
     print(replace(said, model=args.model))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` without the program's name, by default the process's own.
 
     Returns:
-        0, or 1 after an error that it said in one line on stderr.
+        0; 1 after an error that it said in one line on stderr; 3 when it is done, and some tensors of the two models
+        could not be compared; 130 after Ctrl-C.
 
     Raises:
         SystemExit: after --help and --version (status 0), and for an argument it does not know (status 2).
@@ -107,31 +120,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         # tqdm.write: on a line of its own, also while a progress bar stands
         warnings.showwarning = lambda message, *rest: tqdm.write(f"lora-edu: {message}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")        # a terminal that knows no ‖ shows a ?
         try:
-            args.run(args)
-        except (ValueError, OSError, RuntimeError) as error:
+            status = args.run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:                             # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            print("lora-edu: stopped; nothing was written.", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             print("lora-edu: " + " ".join(str(error).split()), file=sys.stderr)
             return 1
-    return 0
+    return status
 
 
 def source(name: str) -> str | Path:
     return FABLE if name == "fable" else name
 
 
-def extract(args: argparse.Namespace) -> None:
-    print(extract_lora(source(args.base), source(args.tuned), rank=args.rank, energy=args.energy, out=args.out))
+def extract(args: argparse.Namespace) -> int:
+    report = extract_lora(source(args.base), source(args.tuned), rank=args.rank, energy=args.energy, out=args.out,
+                          kinds=dict(args.kind))
+    print(report)
+    return 3 if report.change.not_compared else 0
 
 
-def show_spectrum(args: argparse.Namespace) -> None:
+def show_spectrum(args: argparse.Namespace) -> int:
     for file in filter(None, (args.json, args.plot)):
-        if not file.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {file.parent} to write {file.name} in: make it first.")
+        check_place(file)
     if args.plot and args.plot.suffix != ".png":
         raise ValueError(f"--plot {args.plot} is no .png file: give a name that ends in .png.")
-    pair = deltas(source(args.base), source(args.tuned))
+    pair = deltas(source(args.base), source(args.tuned), dict(args.kind))
+    if not len(pair) and (args.json or args.plot):
+        raise ValueError(f"no matrix of the two can be compared, so nothing is written: {pair.report().summary()}")
     measured, rows = measure(pair)
-    print(str(Table(HEAD, rows)) + "\n\n" + str(pair.report()))
+    report = pair.report()
+    print(str(Table(HEAD, rows)) + "\n\n" + str(report))
     if args.json:
         said = {"base": describe(args.base, pair.base), "tuned": describe(args.tuned, pair.tuned), "matrices": measured,
                 "others": [other._asdict() for other in pair.others]}
@@ -142,6 +170,15 @@ def show_spectrum(args: argparse.Namespace) -> None:
         curves = {name: each["singular_values"] for name, each in measured.items()}
         figure = plot_spectra(curves, title=f"{args.base} to {args.tuned}")
         write_whole(args.plot, lambda half: half.write_bytes(png(figure)))
+    return 3 if report.not_compared else 0
+
+
+def check_place(file: Path) -> None:
+    """Raise OSError, before any work, where this file could not be written after it."""
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} to write {file.name} in: make it first.")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"{file} {'is a folder' if file.is_dir() else 'may not be written'}: give another name.")
 
 
 def measure(pair: Deltas) -> tuple[dict[str, dict], list[tuple[str, ...]]]:

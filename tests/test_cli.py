@@ -1,6 +1,7 @@
 """The command lora-edu: its verbs give the library's numbers, and errors are one line."""
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -116,8 +117,8 @@ def test_extract_writes_an_adapter(size, rank, tuned, tmp_path, capsys):
     assert cli.main(["extract", "fable", str(tuned), *size, "--out", str(tmp_path / "lora")]) == 0
     out = capsys.readouterr().out
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert config["r"] == (rank or config["r"]) and "q_proj  " in out
-    assert f"rank {config['r']} on 2 matrices keeps" in out and "norm" in out
+    assert config["r"] == (rank or config["r"]) and "q_proj  " in out and "norm" in out
+    assert re.search(rf"rank (\d+ to )?{config['r']} on 2 matrices keeps", out)
     assert len(load_file(tmp_path / "lora" / "adapter_model.safetensors")) == 4
 
 
@@ -127,7 +128,6 @@ def test_extract_writes_an_adapter(size, rank, tuned, tmp_path, capsys):
     (["spectrum", "fable", "TUNED", "--json", "TMP/no/s.json"], "there is no folder TMP/no to write s.json in"),
     (["spectrum", "fable", "TUNED", "--json", "TMP/two\nlines/s.json"], "there is no folder TMP/two lines to write "
                                                                         "s.json in"),
-    (["extract", "fable", "TUNED", "--rank", "300", "--out", "TMP/lora"], "the largest rank that fits"),
     (["extract", "fable", "fable", "--rank", "3", "--out", "TMP/lora"], "no matrix of"),
     (["extract", "fable", "TUNED", "--rank", "3", "--out", "TUNED"], "is no empty folder"),
     (["extract", "fable", "TMP/bad.bin", "--rank", "3", "--out", "TMP/lora"], "is damaged, or a pickle"),

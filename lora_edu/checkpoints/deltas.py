@@ -5,7 +5,7 @@ Nothing is dropped in silence: a tensor is either yielded as a `Delta` or stands
 """
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lora_edu.checkpoints.kinds import CARRIED, CONV1D, LOOSE, kind_of, stores_conv1d
+from lora_edu.checkpoints.kinds import BARE, CARRIED, CONV1D, CONVOLUTION, LOOSE, kind_of, stores_conv1d
 from lora_edu.checkpoints.reading import Side, open_side
+from lora_edu.lora.misfit import matching_prefix
+from lora_edu.lora.targets import ends_in, shorten
 from lora_edu.tables import ShowsTables, Table
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -69,7 +71,7 @@ class ChangeReport(ShowsTables):
 
     @property
     def others_share(self) -> float:
-        """Share of the whole squared change that a LoRA on the matrices leaves out, 0 to 1; what has no difference
+        """Share of the whole squared change that a LoRA on the matrices leaves out, 0 to 1; what could not be compared
         is not in it.
         """
         whole = self.squared + self.others_squared
@@ -85,11 +87,21 @@ class ChangeReport(ShowsTables):
     def share(self, those: list[Other]) -> str:
         whole = self.squared + self.others_squared
         known = [other.squared for other in those if other.squared is not None]
-        return f"{sum(known) / whole:.2%}" if known and whole else "unchanged" if known else "no difference"
+        if not known:
+            return "no difference"
+        return "unchanged" if not sum(known) else "changed" if self.not_compared else f"{sum(known) / whole:.2%}"
+
+    @property
+    def not_compared(self) -> list[Other]:
+        """What is on one side only, or of unlike shapes, or of numbers that are not floating and differ."""
+        return [other for other in self.others if other.squared is None and not other.kind.startswith("tied to")]
 
     def summary(self) -> str:
-        return (f"{self.changed} of {self.matrices} matrices changed; a LoRA on them leaves out "
-                f"{self.others_share:.2%} of the squared change.")
+        said, alone = f"{self.changed} of {self.matrices} matrices changed", self.not_compared
+        if not alone:
+            return f"{said}; a LoRA on them leaves out {self.others_share:.2%} of the squared change."
+        return (f"{said}; {len(alone)} tensors could not be compared (first: {alone[0].name}, {alone[0].kind}), so "
+                "what a LoRA leaves out has no share.")
 
     def tables(self) -> list[Table]:
         head = ("left out of a LoRA", "count", "first of them", "share of the squared change")
@@ -110,8 +122,8 @@ class Deltas:
         measured: tensor name -> squared change and cosine, filled as the iteration goes.
     """
 
-    def __init__(self, base: nn.Module | str | Path, tuned: nn.Module | str | Path):
-        self.base, self.tuned = open_side(base), open_side(tuned)
+    def __init__(self, base: nn.Module | str | Path, tuned: nn.Module | str | Path, kinds: Mapping[str, str]):
+        self.base, self.tuned, self.kinds = open_side(base), open_side(tuned), kinds
         self.matrices: dict[str, str] = {}
         self.measured: dict[str, Measured] = {}
         self.warned = False
@@ -119,9 +131,11 @@ class Deltas:
         self.without_difference: dict[str, str] = {}
         if not set(self.base.names) & set(self.tuned.names):
             first = [next(iter(side.names), "nothing at all") for side in (self.base, self.tuned)]
+            prefix = matching_prefix(self.tuned.names, self.base.names)
             raise ValueError(f"the two models have no tensor name in common: {self.base.source} begins with "
-                             f"{first[0]}, {self.tuned.source} with {first[1]}. Give a model and its own fine-tune, "
-                             "saved in the same form.")
+                             f"{first[0]}, {self.tuned.source} with {first[1]}. "
+                             + (prefix.replace("names", "tuned side's names") or "Give a model and its own fine-tune, "
+                                "saved in the same form."))
         self.sort_tensors()
 
     def sort_tensors(self) -> None:
@@ -134,7 +148,21 @@ class Deltas:
             tied = [said for said, side in (("base", self.base), ("tuned", self.tuned)) if name in side.tied]
             layer = self.base.layer(name) or self.tuned.layer(name)
             kind = f"tied in the {tied[0]} model only" if tied else kind_of(name, self.base.shapes[name], layer, conv1d)
-            (self.matrices if kind in (*CARRIED, LOOSE) else self.set_aside)[name] = kind
+            kind = CONVOLUTION if kind == BARE and self.told(name) else kind
+            (self.matrices if kind in (*CARRIED, LOOSE, BARE) else self.set_aside)[name] = kind
+        strange = [entry for entry in self.kinds if not any(ends_in(name.removesuffix(".weight"), entry)
+                                                            for name in self.base.names)]
+        if strange:
+            raise ValueError(f"no tensor is called {strange[0]!r}: there are {shorten(self.base.names)}.")
+
+    def told(self, name: str) -> bool:
+        """Has the caller said that this tensor is the kernel of a plain convolution? ValueError if it cannot be."""
+        said = next((kind for entry, kind in self.kinds.items() if ends_in(name.removesuffix(".weight"), entry)), None)
+        axes = len(self.base.shapes[name])
+        if said not in (None, f"conv{axes - 2}d"):
+            raise ValueError(f"{name} has {axes} axes, and kind {said!r} does not: choose conv1d, conv2d or conv3d for "
+                             "a kernel of 3, 4 or 5 axes.")
+        return said is not None
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -185,7 +213,15 @@ class Deltas:
     def others(self) -> list[Other]:
         """All that is not yielded, with its kind and its squared change (None where no difference can be taken)."""
         taken = [Other(name, kind, self.subtract(name)[2].squared) for name, kind in self.set_aside.items()]
-        return taken + [Other(name, reason, None) for name, reason in self.without_difference.items()]
+        return taken + [Other(name, reason, self.same(name)) for name, reason in self.without_difference.items()]
+
+    def same(self, name: str) -> float | None:
+        """0.0 for numbers that are not floating and are the same on both sides, such as a mask: nothing changed."""
+        there = all(name in side.shapes and name not in side.tied for side in (self.base, self.tuned))
+        if not there or self.base.shapes[name] != self.tuned.shapes[name]:
+            return None
+        one, other = self.base.get(name), self.tuned.get(name)
+        return 0.0 if one.dtype == other.dtype and torch.equal(one.to(other.device), other) else None
 
     def report(self) -> ChangeReport:
         """What a LoRA can carry of this change, and what it cannot; reads what has not been read yet."""
@@ -199,7 +235,8 @@ class Deltas:
         return ChangeReport(len(carried), sum(value > 0 for value in carried), sum(carried), loose + self.others)
 
 
-def deltas(base: nn.Module | str | Path, tuned: nn.Module | str | Path) -> Deltas:
+def deltas(base: nn.Module | str | Path, tuned: nn.Module | str | Path, kinds: Mapping[str, str] | None = None
+           ) -> Deltas:
     """The change between a model and its fine-tune: yields a `Delta` (name, W₀, ΔW) for each matrix, one in memory at a
     time.
 
@@ -210,6 +247,8 @@ def deltas(base: nn.Module | str | Path, tuned: nn.Module | str | Path) -> Delta
         base, tuned: models, folders, .safetensors files, pickled .bin or .pt files of plain tensors, or names on the
             hub such as "HuggingFaceTB/SmolLM2-135M" (fetched to the hub client's cache). The two may be of different
             sorts.
+        kinds: what bare files do not tell: ending of a module's name -> "conv1d", "conv2d" or "conv3d" for the kernel
+            of a plain convolution (no groups, dilation or padding of its own, not transposed).
 
     Raises:
         FileNotFoundError, RuntimeError: a side is not there, or the hub did not give it.
@@ -221,7 +260,7 @@ def deltas(base: nn.Module | str | Path, tuned: nn.Module | str | Path) -> Delta
     ...     print(name, tuple(delta.shape), f"{delta.mean():.1f}")
     0 (2, 3) 0.1
     """
-    return Deltas(base, tuned)
+    return Deltas(base, tuned, kinds or {})
 
 
 def _no_difference(name: str, base: Side, tuned: Side) -> str | None:

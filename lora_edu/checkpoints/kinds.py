@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_edu.lora.layer import is_conv1d, is_linear
+from lora_edu.lora.layer import is_conv1d, is_linear, is_plain_conv
 
 LINEAR, CONV1D, CONVOLUTION, LOOSE = "linear", "Conv1D", "convolution", "matrix outside a linear layer"
+BARE = "convolution in a bare file, which does not tell stride and groups"
 CARRIED = (LINEAR, CONV1D, CONVOLUTION)             # what an adapter can change
 EMBEDDING = re.compile(r"(\w+_)?(embeddings?|embed|emb)|embed_(tokens|positions|in)|wte|wpe|shared")
 NORM = re.compile(r"(.*_)?(ln|\w*norm)(_?\w{1,2})?", re.IGNORECASE)
@@ -40,7 +41,7 @@ def kind_of(name: str, shape: tuple[int, ...], layer: nn.Module | None, conv1d: 
     if layer is not None:
         return _kind_of_layer(layer, len(shape))
     if len(shape) > 2:
-        return CONVOLUTION
+        return BARE
     return CONV1D if conv1d and holder in GPT2_NAMES else LINEAR
 
 
@@ -59,9 +60,7 @@ def _kind_of_layer(layer: nn.Module, axes: int) -> str:
     if isinstance(layer, _ConvTransposeNd):
         return "transposed convolution"
     if isinstance(layer, _ConvNd):
-        # PEFT's two factors know kernel, stride and padding, and no more
-        plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
-        return CONVOLUTION if plain else "convolution with groups, dilation or padding of its own"
+        return CONVOLUTION if is_plain_conv(layer) else "convolution with groups, dilation or padding of its own"
     # the latter is in nn.MultiheadAttention, which reads its weight and goes past its forward
     if is_linear(layer) and not isinstance(layer, NonDynamicallyQuantizableLinear):
         return LINEAR

@@ -20,6 +20,7 @@ from lora_edu.files import (
     tensor_files,
     tensor_headers,
 )
+from lora_edu.lora.targets import storage_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -127,7 +128,7 @@ def _same_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Second name -> first name of each tensor that has two."""
     first, tied = {}, {}
     for name, t in tensors.items():
-        key = (id(t),) if t.is_meta or not t.numel() else (t.device, t.data_ptr(), t.shape, t.stride())
+        key = (*storage_of(t), t.shape, t.stride()) if t.layout == torch.strided else (id(t),)
         if key in first:
             tied[name] = first[key]
         first.setdefault(key, name)

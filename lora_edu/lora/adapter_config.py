@@ -59,8 +59,8 @@ def read_config(folder: Path) -> dict:
     if said.get("peft_type") != "LORA":
         asked.insert(0, f"peft_type={said.get('peft_type')!r}")
     if asked:
-        raise ValueError(f"{file} asks for {', '.join(text[:80] for text in asked)}: only plain LoRA is read here; load "
-                         "it with PEFT.")
+        raise ValueError(f"{file} asks for {', '.join(text[:80] for text in asked)}: only plain LoRA is read here; "
+                         "load it with PEFT.")
     config = {}
     for key, (default, fits, what) in READ.items():
         # an empty pattern, or no module: PEFT writes null

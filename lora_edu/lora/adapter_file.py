@@ -19,8 +19,8 @@ from lora_edu.files import read_pickled, read_tensors, write_together
 from lora_edu.lora.adapter_config import CONFIG, config_of, for_layer, read_config
 from lora_edu.lora.factors import lora_layers, lora_state_dict, refuse_adapted, some_lora_layers
 from lora_edu.lora.fingerprint import differs, fingerprint
-from lora_edu.lora.inject import LoRAReport, all_or_nothing, check_layers, linear_layers, wrap_layers
-from lora_edu.lora.layer import features
+from lora_edu.lora.inject import LoRAReport, all_or_nothing, check_layers, wrap_layers
+from lora_edu.lora.layer import features, is_linear, is_plain_conv
 from lora_edu.lora.misfit import explain_misfit
 from lora_edu.lora.targets import ends_in, find_targets, plain_name, shorten, unwrap
 
@@ -64,7 +64,8 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     generates = hasattr(model, "prepare_inputs_for_generation") or hasattr(model, "new_cache")
     config = adapter_config(base_name, target_modules(list(layers), modules)) | config_of(layers) | {
         "task_type": "CAUSAL_LM" if generates else None, "modules_to_save": list(beside) or None}
-    tensors = {f"{name}.weight": t.to(dtype) for name, t in lora_state_dict(model).items()}
+    tensors = {f"{name}.lora_{end}.weight": factor.detach().to(dtype).reshape(shape) for name, layer in layers.items()
+               for end, factor, shape in zip("AB", (layer.lora_A, layer.lora_B), layer.file_shapes)}
     tensors |= {f"{name}.{end}": t for name, state in beside.items() for end, t in state.items()}
     return write_adapter(folder, tensors, config, fingerprint(model))
 
@@ -90,7 +91,8 @@ def adapter_config(base_name: str | None, targets: list[str] | str) -> dict:
             "bias": "none", "target_modules": targets}
 
 
-def write_adapter(folder: str | Path, tensors: Mapping[str, torch.Tensor], config: dict, base: str | None = None) -> int:
+def write_adapter(folder: str | Path, tensors: Mapping[str, torch.Tensor], config: dict, base: str | None = None
+                  ) -> int:
     """Write both files of an adapter, or none; returns the bytes of the tensor file.
 
     Args:
@@ -147,7 +149,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     folder, model = Path(folder), unwrap(model)
     config, stored, base = read_adapter(folder)
     refuse_adapted(model)
-    linears = linear_layers(model)
+    linears = {name: module for name, module in model.named_modules() if is_linear(module) or is_plain_conv(module)}
     targets = find_targets(model, linears, config["target_modules"])
     check_layers(model, targets)
     settings = {name: for_layer(config, plain_name(name)) for name in targets}
@@ -164,9 +166,11 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     notes += [f"The rank is above the smaller side of {shorten(above, 3)}."] if above else []
     with all_or_nothing(model), _put_back(heads):
         wrap_layers(model, {name: (linears[name], each | {"any_rank": True}) for name, each in settings.items()})
-        _copy(stored, {f"{name}.weight": t for name, t in lora_state_dict(model).items()} | heads)
+        factors = {f"{name}.weight": t for name, t in lora_state_dict(model).items()}
+        _copy(stored, factors | heads)
     model.eval()
-    return LoRAReport.of(model, [name for name in linears if name not in targets], note=" ".join(notes))
+    left_out = [name for name, layer in linears.items() if name not in targets and is_linear(layer)]
+    return LoRAReport.of(model, left_out, note=" ".join(notes))
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str | None]:
@@ -200,8 +204,9 @@ def _places(linears: Mapping[str, nn.Module], settings: Mapping[str, dict]) -> d
     """Name in the file -> a tensor of the shape that must be there, without values."""
     places = {}
     for name, each in settings.items():
-        into, out = features(linears[name])
-        for end, shape in (("A", (each["rank"], into)), ("B", (out, each["rank"]))):
+        (into, out), (_, channels, *kernel) = features(linears[name]), linears[name].weight.shape
+        A = (each["rank"], channels, *kernel) if kernel else (each["rank"], into)
+        for end, shape in (("A", A), ("B", (out, each["rank"], *(1 for _ in kernel)))):
             places[f"{plain_name(name)}.lora_{end}.weight"] = torch.empty(shape, device="meta")
     return places
 
@@ -233,4 +238,4 @@ def _put_back(tensors: Mapping[str, torch.Tensor]):
 @torch.no_grad()
 def _copy(tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> None:
     for name, place in places.items():
-        place.copy_(tensors[name])
+        place.copy_(tensors[name].reshape(place.shape))

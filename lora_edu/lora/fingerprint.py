@@ -20,15 +20,20 @@ SMALLEST = 2**-23
 
 def fingerprint(model: nn.Module) -> str | None:
     """JSON: name of a tensor -> its shape and some of its values. None for a model in which nothing stays."""
-    known = _untouched(model)
-    largest = sorted((name for name in known if not known[name].requires_grad), key=lambda n: -known[n].numel())
-    said = {name: [list(known[name].shape), _values(known[name], known[name].numel())] for name in largest[:TENSORS]}
+    untouched = next((group for group in _parameters(model) if group), {})
+    return fingerprint_of({name: p for name, p in untouched.items() if not p.requires_grad})
+
+
+def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The same from tensors by name."""
+    largest = sorted(tensors, key=lambda name: -tensors[name].numel())[:TENSORS]
+    said = {name: [list(tensors[name].shape), _values(tensors[name], tensors[name].numel())] for name in largest}
     return json.dumps(said) if said else None
 
 
 def differs(said: str, model: nn.Module) -> str | None:
     """The first tensor of a fingerprint that is another one in this model, in words; None where all agree."""
-    known = _untouched(model)
+    known = {name: parameter for group in _parameters(model) for name, parameter in group.items()}
     for name, (shape, values) in _read(said).items():
         tensor = known.get(name)
         # a vocabulary that grew has more rows, and the old ones in their places
@@ -55,14 +60,12 @@ def _values(tensor: torch.Tensor, numel: int) -> list[float]:
     return tensor.detach().reshape(-1)[places].bfloat16().float().tolist()
 
 
-def _untouched(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    """Name -> parameter of what LoRA does not go beside; of a model that is linear layers only, their biases, or their
-    frozen weights.
-    """
+def _parameters(model: nn.Module) -> tuple[dict, dict, dict]:
+    """Name -> parameter, of three sorts: of what LoRA does not go beside; biases of linear layers; their weights."""
     groups: tuple[dict, dict, dict] = ({}, {}, {})
     for prefix, module in model.named_modules():
         for end, parameter in module.named_parameters(recurse=False):
             name = f"{plain_name(prefix)}.{end}".replace(".base_layer.", ".").removeprefix(".")
             if end not in ("lora_A", "lora_B") and parameter.dtype in FLOATS and parameter.numel():
                 groups[(1 if end == "bias" else 2) if is_linear(module) else 0][name] = parameter
-    return next((group for group in groups if group), {})
+    return groups

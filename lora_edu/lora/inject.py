@@ -13,6 +13,7 @@ from typing import NoReturn
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_edu.lora.conv import LoRAConv
 from lora_edu.lora.factors import refuse_adapted, some_lora_layers
 from lora_edu.lora.layer import HOOKS, LoRALinear, check_weight, features, is_linear, move_hooks
 from lora_edu.lora.settings import check_settings, scaling_of
@@ -79,7 +80,7 @@ class LoRAReport(ShowsTables):
     def summary(self) -> str:
         ranks, scalings = ([*dict.fromkeys(values.values())] for values in (self.ranks, self.scalings))
         said = (f"rank {self.rank}, alpha {self.alpha:g}, scaling {self.scaling:g}" if len(ranks) == len(scalings) == 1
-                else f"ranks {min(ranks)} to {max(ranks)}, scalings {min(scalings):g} to {max(scalings):g}")
+                else f"rank {_from_to(ranks)}, scaling {_from_to(scalings)}")
         return (f"{said}: {self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%}); "
                 f"the adapter is {self.adapter_bytes:,} bytes, merging keeps {self.merge_bytes:,} more in memory."
                 + f" Left out as the output head: {shorten(self.head)}." * bool(self.head)
@@ -95,6 +96,10 @@ class LoRAReport(ShowsTables):
         """Who writes `model = apply_lora(model)`, as with PEFT, learns here what became of the model."""
         meant = hasattr(nn.Module, name) or name == "generate"
         raise AttributeError(NOT_THE_MODEL if meant else f"a LoRAReport has no {name!r}.")
+
+
+def _from_to(values: list[float]) -> str:
+    return f"{min(values):g}" + f" to {max(values):g}" * (len(values) > 1)
 
 
 def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-linear", rank: int = 8, alpha: float = 16.0,
@@ -139,7 +144,7 @@ def wrap_layers(model: nn.Module, layers: Mapping[str, tuple[nn.Module, dict]]) 
     with all_or_nothing(model):
         model.requires_grad_(False)
         for name, (layer, settings) in layers.items():
-            wrapped = LoRALinear.wrap(layer, **settings)
+            wrapped = (LoRALinear if is_linear(layer) else LoRAConv).wrap(layer, **settings)
             wrapped.read_by_parent = name in readers
             replace(model, name, wrapped)
 

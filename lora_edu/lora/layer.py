@@ -32,9 +32,15 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
+def is_plain_conv(layer: nn.Module) -> bool:
+    """Is it a convolution that two smaller ones can stand beside? PEFT's know kernel, stride and padding, no more."""
+    plain = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.groups == 1 and set(layer.dilation) == {1}
+    return plain and layer.padding_mode == "zeros"
+
+
 def features(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a layer that `is_linear`."""
-    rows, columns = layer.weight.shape
+    """(in_features, out_features) of a layer that `is_linear`; of a convolution, seen as a matrix over patches."""
+    rows, columns = layer.weight.shape[0], layer.weight[0].numel()
     return (rows, columns) if is_conv1d(layer) else (columns, rows)
 
 
@@ -59,7 +65,8 @@ def check_weight(layer: nn.Module) -> None:
 
 def has_own_forward(layer: nn.Module) -> bool:
     """Does it compute something else than x Wᵀ + b? Then no merged weight can stand for it."""
-    return "forward" in vars(layer) or not (is_conv1d(layer) or type(layer).forward is nn.Linear.forward)
+    own = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return "forward" in vars(layer) or not (is_conv1d(layer) or type(layer).forward in own)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -206,7 +213,10 @@ class LoRALinear(nn.Module):
                                "call unmerge(), or eval() to use it.")
         if any(vars(self.base_layer)[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
             return torch.func.functional_call(self.base_layer, {"weight": self.merged_weight}, (x,))
-        return F.linear(x, self.merged_weight.T if is_conv1d(self.base_layer) else self.merged_weight, self.bias)
+        return self._plain_forward(x, self.merged_weight)
+
+    def _plain_forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight.T if is_conv1d(self.base_layer) else weight, self.bias)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -219,6 +229,11 @@ class LoRALinear(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         return self.base_layer.bias
+
+    @property
+    def file_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_A and lora_B in PEFT's files."""
+        return (self.rank, self.in_features), (self.out_features, self.rank)
 
     @property
     def merged(self) -> bool:

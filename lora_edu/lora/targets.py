@@ -148,7 +148,7 @@ def refuse_tied(model: nn.Module, targets: list[str]) -> None:
     users: dict[tuple, list[str]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            users.setdefault(_storage(parameter), []).append(f"{module_name}.{parameter_name}")
+            users.setdefault(storage_of(parameter), []).append(f"{module_name}.{parameter_name}")
     for names in users.values():
         for name in targets:
             if f"{name}.weight" in names and len(names) > 1:
@@ -156,7 +156,7 @@ def refuse_tied(model: nn.Module, targets: list[str]) -> None:
                                  "target_modules, or untie them first by giving one a copy.")
 
 
-def _storage(tensor: torch.Tensor) -> tuple:
+def storage_of(tensor: torch.Tensor) -> tuple:
     """What two names of one tensor have in common: its memory, or where none is to be seen (a shard, a tensor without
     values), the object.
     """

@@ -173,6 +173,7 @@ def test_what_has_no_difference_says_why(tmp_path):
         "embed_tokens.weight": ("32 x 6 became 34 x 6", None)}
     text = str(pair.report())
     assert "32 x 6 became 34 x 6" in text and "no difference" in text and "0 of 1 matrices changed" in text
+    assert "3 tensors could not be compared (first: embed_tokens.weight" in text and "%" not in text
     assert ">embed_tokens.weight</td>" in pair.report()._repr_html_()
 
 

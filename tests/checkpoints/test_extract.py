@@ -162,26 +162,62 @@ def test_peft_and_we_understand_a_regular_expression(tmp_path):
 
 
 @pytest.mark.parametrize("energy", [0.05, 0.5, 0.9, 1.0])
-def test_energy_takes_the_smallest_rank_that_keeps_it(energy, tmp_path):
+def test_energy_takes_for_each_matrix_the_smallest_rank_that_keeps_it(energy, tmp_path):
+    """Oracle: NumPy's singular values; PEFT's output of the file is that of the truncated model."""
     base = Net()
     tuned = changed_matrices(base, size=0.3)
     tuned.out.weight.data += torch.eye(4, 7)
     for module in (tuned.line, tuned.two):
         module.weight.data += 0.1
-    squares = np.zeros(8)
-    for _, _, delta in deltas(base, tuned):
+    want = {}
+    for name, _, delta in deltas(base, tuned):
         s = np.linalg.svd(delta.double().numpy(), compute_uv=False)
-        squares[:len(s)] += s**2
-    kept = squares.cumsum() / squares.sum()
-    want = int(np.searchsorted(kept, energy - 1e-9)) + 1
-    if want > 4:        # the last layer has 4 rows
-        with pytest.raises(ValueError, match=f"energy={energy:g} needs rank {want}, which does not fit out.*fits every "
-                                             "matrix here is 4"):
-            extract_lora(base, tuned, energy=energy, out=tmp_path / "lora")
-        return
+        want[name] = int(np.searchsorted((s**2).cumsum() / (s**2).sum(), energy - 1e-9)) + 1
     report = extract_lora(base, tuned, energy=energy, out=tmp_path / "lora")
-    assert report.rank == want and report.energy == pytest.approx(kept[want - 1], abs=1e-5)
-    assert report.energy >= energy - 1e-6
+    assert report.ranks == want and min(report.kept.values()) >= energy - 1e-6
+    assert energy != 0.9 or len(set(want.values())) > 1
+    x = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    cut = copy.deepcopy(base)
+    for name, rank in want.items():
+        cut.get_submodule(name).weight.data = truncated(base, tuned, rank).get_submodule(name).weight.data
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora")
+    torch.testing.assert_close(adapted(x), cut(x), rtol=0, atol=1e-5)
+    load_adapter(ours := copy.deepcopy(base), tmp_path / "lora")
+    torch.testing.assert_close(ours(x), cut(x), rtol=0, atol=1e-5)
+
+
+def test_a_narrow_matrix_is_kept_whole_and_said_to_be(tmp_path):
+    """Every scaling is 1: PEFT and we give the truncated model, in which the narrow matrices are the tuned ones."""
+    base = Net()
+    tuned, x = changed_matrices(base), torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    report = extract_lora(base, tuned, rank=7, out=tmp_path)
+    assert report.ranks == {"one": 7, "two": 6, "line": 7, "out": 4} and report.capped == ["two", "out"]
+    assert report.kept["out"] == pytest.approx(1) and "(capped)" in str(report) and "first: two" in str(report)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"two": 6, "out": 4}
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(adapted(x), truncated(base, tuned, 7)(x), rtol=0, atol=1e-5)
+    load_adapter(base, tmp_path)
+    torch.testing.assert_close(base(x), adapted(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("conv", [nn.ConvTranspose2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2),
+                                  nn.Conv2d(4, 6, 3, dilation=2)])
+def test_a_convolution_in_a_bare_file_is_left_out_and_counted(conv, tmp_path):
+    base = nn.ModuleDict({"conv": conv, "plain": nn.Conv2d(3, 5, 3), "fc": nn.Linear(4, 3)})
+    tuned = perturbed(base)
+    sides = [saved(model, tmp_path / f"{i}.safetensors") for i, model in enumerate((base, tuned))]
+    report = extract_lora(*sides, rank=2, out=tmp_path / "bare")
+    assert list(report.shapes) == ["fc"] and "bare file" in str(report)
+    squares = {name: (tuned.state_dict()[name] - t).square().sum().item() for name, t in base.state_dict().items()}
+    assert report.change.others_share == pytest.approx(1 - squares["fc.weight"] / sum(squares.values()), rel=1e-4)
+    told = extract_lora(*sides, rank=2, out=tmp_path / "told", kinds={"plain": "conv2d"})
+    assert set(told.shapes) == {"plain", "fc"}
+    assert set(extract_lora(base, tuned, rank=2, out=tmp_path / "models").shapes) == {"plain", "fc"}
+    load_adapter(base, tmp_path / "told")
+    for kinds, message in (({"plain": "conv1d"}, "has 4 axes"), ({"plan": "conv2d"}, "no tensor is called 'plan'")):
+        with pytest.raises(ValueError, match=message):
+            extract_lora(*sides, rank=2, out=tmp_path / "new", kinds=kinds)
 
 
 def test_what_no_adapter_can_carry_is_in_the_report(tmp_path):
@@ -208,18 +244,12 @@ def test_what_no_adapter_can_carry_is_in_the_report(tmp_path):
     ({"rank": True}, "rank=True is no rank"),
     ({"energy": 0.0}, "energy=0.0 is no share"), ({"energy": 90}, "energy=90 is no share"),
     ({"energy": float("nan")}, "energy=nan is no share"),
-    ({"rank": 5}, "rank=5 does not fit out, which is 4 x 7 and changed: the largest rank that fits every matrix here "
-                  "is 4"),
+    ({"rank": "4"}, "rank='4' is no rank"), ({"energy": "0.9"}, "energy='0.9' is no share"),
 ])
 def test_wishes_that_do_not_fit_are_refused(wishes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         extract_lora(Net(), changed_matrices(Net()), **wishes, out=tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
-
-
-def test_a_narrow_matrix_that_did_not_change_does_not_limit_the_rank(tmp_path):
-    report = extract_lora(Net(), changed_matrices(Net(), but=["out"]), rank=6, out=tmp_path)
-    assert list(report.shapes) == ["one", "two", "line"]
 
 
 def test_two_equal_models_have_nothing_to_extract(tmp_path):
