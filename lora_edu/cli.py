@@ -168,9 +168,15 @@ def show_spectrum(args: argparse.Namespace) -> int:
         from lora_edu.course.figures.spectra import plot_spectra
         from lora_edu.course.page.show import png  # matplotlib, only for a picture
         curves = {name: each["singular_values"] for name, each in measured.items()}
-        figure = plot_spectra(curves, title=f"{args.base} to {args.tuned}")
+        figure = plot_spectra(curves, title=f"{ending(args.base)} to {ending(args.tuned)}")
         write_whole(args.plot, lambda half: half.write_bytes(png(figure)))
     return 3 if report.not_compared else 0
+
+
+def ending(name: str) -> str:
+    """The end of a path, short enough for a title."""
+    short = Path(name).name or name
+    return short if len(short) <= 28 else "…" + short[-27:]
 
 
 def check_place(file: Path) -> None:

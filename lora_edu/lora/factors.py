@@ -27,6 +27,20 @@ def some_lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
     return layers
 
 
+def layers_without_gradient(model: nn.Module) -> list[str]:
+    """After a backward pass: names of the adapted layers that it did not reach. Call it where a layer may not be used.
+
+    >>> from lora_edu import apply_lora
+    >>> model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    >>> _ = apply_lora(model, "all-linear", rank=2)
+    >>> model[0](torch.randn(4, 12)).sum().backward()        # goes past the second
+    >>> layers_without_gradient(model)
+    ['1']
+    """
+    return [name for name, layer in lora_layers(unwrap(model))
+            if layer.lora_B.requires_grad and layer.lora_B.grad is None]
+
+
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every `lora_A` (rank, in_features) and `lora_B` (out_features, rank), in the model's order: what an optimizer
     needs.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_edu.lora.inject import share_weights
-from lora_edu.training.corpora import Batch
+from lora_edu.training.loop import Batch, mode
 
 
 def plant(model: nn.Module, name: str, rank: int, seed: int = 0) -> nn.Module:
@@ -64,12 +64,10 @@ def divergences(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tens
 def heldout_divergence(model: nn.Module, teachers: list[nn.Module], ids: torch.Tensor,
                        students: int = 1) -> list[float]:
     """Divergence of every student in nats per token on texts it has not seen; students in the order of `lessons`."""
-    was_training = model.training
-    model.eval()
     total = 0
-    for rows in ids.split(8):
-        answers = torch.cat([told(teacher, rows).repeat(students, 1, 1) for teacher in teachers])
-        sums, _ = divergences(model, (rows.repeat(len(teachers) * students, 1), answers), len(teachers) * students)
-        total = total + sums.double()
-    model.train(was_training)
+    with mode(model, training=False):
+        for rows in ids.split(8):
+            answers = torch.cat([told(teacher, rows).repeat(students, 1, 1) for teacher in teachers])
+            sums, _ = divergences(model, (rows.repeat(len(teachers) * students, 1), answers), len(teachers) * students)
+            total = total + sums.double()
     return (total / ids.numel()).tolist()

@@ -16,8 +16,8 @@ import torch
 
 from lora_edu.models.bridge import END, encode, end_token
 from lora_edu.models.sampling import generate
+from lora_edu.training.loop import Batch, mode
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 PIECE = 20_000          # characters encoded at once
 SHOW_PROGRESS = 5e6     # characters from which a progress bar is worth its line
 
@@ -143,11 +143,10 @@ def completions(model, tokenizer, prompts: list[str], batch_size: int = 64, max_
     transformers with its tokenizer; or any nn.Module with `generate(ids, max_new_tokens, temperature=, stop_token=)`
     that returns prompt and new tokens, (B, T + new).
     """
-    end, device, was_training = end_token(tokenizer), next(model.parameters()).device, model.training
+    end, device = end_token(tokenizer), next(model.parameters()).device
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     texts = [""] * len(prompts)
-    model.eval()
-    try:
+    with mode(model, training=False):
         by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         for length, same in groupby(by_length, key=lambda i: len(encoded[i])):
             same = list(same)
@@ -156,8 +155,6 @@ def completions(model, tokenizer, prompts: list[str], batch_size: int = 64, max_
                 out = _generate(model, ids, max_new_tokens, temperature=0.0, stop_token=end)[:, length:].tolist()
                 for i, new in zip(rows, out):
                     texts[i] = tokenizer.decode(new[:new.index(end)] if end in new else new).strip()
-    finally:
-        model.train(was_training)
     return texts
 
 

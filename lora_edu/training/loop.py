@@ -4,7 +4,10 @@ A progress bar, a live plot, a stop button, a test and the pretraining of fable 
 is a pair (inputs, targets) of token ids (B, T): targets[:, t] is the token that follows inputs[:, t], and -100 where no
 loss counts. Losses are nats per token.
 """
+import contextlib
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_edu.lora.factors import layers_without_gradient
+from lora_edu.lora.settings import real, whole
+from lora_edu.lora.targets import shorten
+
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Diverged(ValueError):
+    """A loss or a gradient is not finite; the training has stopped before it reached the weights."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +55,54 @@ def warmup_linear(warmup: float = 0.05) -> Callable[[int, int], float]:
 def loss_on(model: nn.Module, batch: Batch, reduction: str = "mean") -> torch.Tensor:
     """Cross-entropy of the next token, in float32 or wider.
 
-    The model returns logits, or an object that has `.logits`.
+    The model returns logits, or an object that has `.logits`. Raises ValueError for what is no batch.
     """
+    check_batch(batch)
     device = next(model.parameters()).device
-    inputs, targets = (t.to(device) for t in batch)
-    logits = model(inputs)
-    logits = getattr(logits, "logits", logits)                          # (B, T, vocab)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+    inputs, targets = (t.to(device, torch.long) for t in batch)
+    try:
+        logits = model(inputs)
+        logits = getattr(logits, "logits", logits)                      # (B, T, vocab)
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+    except IndexError as error:
+        raise ValueError(f"a token id of this batch is not in the model's vocabulary ({error}): inputs are "
+                         f"{inputs.min()} to {inputs.max()}, targets {targets.min()} to {targets.max()}; use the "
+                         "model's own tokenizer.") from None
+
+
+def check_batch(batch: Batch) -> None:
+    """Raise ValueError for anything else than (inputs, targets), whole numbers (B, T), the targets one token on."""
+    if isinstance(batch, dict) or (isinstance(batch, (tuple, list)) and len(batch) == 3):
+        ids, labels = ("batch['input_ids']", "batch['labels']") if isinstance(batch, dict) else ("ids", "labels")
+        raise ValueError(f"a batch is a pair (inputs, targets), and this is a {type(batch).__name__} of {len(batch)}: "
+                         f"give ({ids}[:, :-1], {labels}[:, 1:]), shifted by one, with -100 where no loss counts, in "
+                         "the padding too.")
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, torch.Tensor) for t in batch):
+        raise ValueError(f"a batch is a pair (inputs, targets) of token ids (B, T), and this is a "
+                         f"{type(batch).__name__}: give tensors, and a list of such pairs where batches are asked for.")
+    inputs, targets = batch
+    if inputs.shape != targets.shape or inputs.ndim != 2 or any(t.is_floating_point() or t.is_complex() for t in batch):
+        raise ValueError(f"inputs {tuple(inputs.shape)} of {inputs.dtype} and targets {tuple(targets.shape)} of "
+                         f"{targets.dtype} are no batch: give whole numbers, both (B, T).")
+    counted = targets != -100
+    if targets.device == inputs.device and torch.equal(inputs[counted], targets[counted]) and (
+            len(inputs[counted].unique()) > 1):
+        raise ValueError("the targets are the inputs themselves, so the model would learn to repeat: targets[:, t] is "
+                         "the token that follows inputs[:, t], as in (ids[:, :-1], ids[:, 1:]).")
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, the whole model is in this mode; afterwards every module is in its own again."""
+    were = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in were:
+            module.training = was
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch]) -> float:
@@ -69,16 +119,11 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> float:
     >>> 4 < evaluate(model, bistro.heldout(tokenizer, 8)) < 5
     True
     """
-    was_training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                total += loss_on(model, batch, "sum").item()
-                tokens += (batch[1] != -100).sum().item()
-    finally:
-        model.train(was_training)
+    with mode(model, training=False), torch.no_grad():
+        for batch in batches:
+            total += loss_on(model, batch, "sum").item()
+            tokens += (batch[1] != -100).sum().item()
     if not tokens:
         raise ValueError("evaluate got no token that counts: give at least one batch whose targets are not all -100.")
     return total / tokens
@@ -120,7 +165,13 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
         first_step: go on from here (with the optimizer of the earlier part, and its batches left out).
 
     Raises:
-        ValueError: nothing trains, or the batches end early.
+        ValueError: nothing trains (all is frozen, the optimizer holds other parameters, no target counts, the first
+            gradient is zero), a factor is in 16 bits, a number that is none, what is no batch, or batches that end
+            early.
+        Diverged: a loss or gradient is not finite. A LoRA then has the weights that gave the last finite loss; where
+            much trains, no copy is kept, and what is not finite has not been added.
+
+    It warns once, after the first backward pass, of adapted layers that got no gradient.
 
     Shapes: each batch is (inputs, targets), both (B, T), targets -100 where no loss counts.
 
@@ -132,12 +183,12 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
     [1, 2]
     """
     optimizer = optimizer or adamw(model)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    device = trained[0].device
-    was_training = model.training
-    model.train()
+    trained = check_training(model, optimizer, steps, lr)
+    device, lr, steps = trained[0].device, real(lr), whole(steps)
+    few = sum(p.numel() for p in trained) * 10 < sum(p.numel() for p in model.parameters())
+    last = [p.detach().clone() for p in trained] if few else None
     batches = iter(batches)
-    try:
+    with mode(model, training=True):
         for step in range(first_step, steps):
             began = time.perf_counter()
             batch = next(batches, None)
@@ -150,12 +201,65 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
             with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                 loss = loss_on(model, batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            backward(loss, batch, step)
             norm = nn.utils.clip_grad_norm_(trained, max_grad_norm if max_grad_norm is not None else float("inf"))
+            check_step(model, trained, last, step, loss.item(), norm.item(), first=step == first_step)
             optimizer.step()
             yield Step(step + 1, loss.item(), now, norm.item(), batch[0].numel() / (time.perf_counter() - began))
-    finally:
-        model.train(was_training)
+
+
+def check_training(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, lr: float) -> list[nn.Parameter]:
+    """The parameters that the optimizer trains; ValueError where that is none of the model's, or cannot work."""
+    if whole(steps) is None or whole(steps) < 1 or real(lr) is None or real(lr) < 0:
+        raise ValueError(f"steps={steps!r}, lr={lr!r}: choose a whole number of steps, 1 or more, and a finite rate "
+                         "such as 0.001.")
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not any(id(p) in own for p in trained):
+        raise ValueError(f"the optimizer holds {len(trained)} tensors, and none of them is one of the {len(own)} that "
+                         "train in this model: make it after apply_lora, of lora_parameters(model).")
+    narrow = [own[id(p)] for p in trained if p.dtype in (torch.float16, torch.bfloat16) and id(p) in own
+              and own[id(p)].endswith(("lora_A", "lora_B"))]
+    if narrow:
+        raise ValueError(f"{shorten(narrow, 2)} are in 16 bits, which round small steps away: move the model to its "
+                         "dtype before apply_lora, which makes factors in float32, or set p.data = p.data.float() for "
+                         "each p of lora_parameters(model).")
+    if any(p.is_inference() or p.is_meta for p in model.parameters()):
+        raise ValueError("a parameter has no values (meta device), or was made under torch.inference_mode: load the "
+                         "model outside of it, and onto a device.")
+    return trained
+
+
+def backward(loss: torch.Tensor, batch: Batch, step: int) -> None:
+    """The backward pass; ValueError where there is nothing to go back from, or to."""
+    if not (batch[1] != -100).any():
+        raise ValueError(f"step {step + 1}: no token of the batch counts, all its targets are -100: look at how the "
+                         "prompt is masked and where the text is cut.")
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on anything that trains: is the adapted layer used, and gradients "
+                         "enabled?")
+    loss.backward()
+
+
+@torch.no_grad()
+def check_step(model: nn.Module, trained: list[nn.Parameter], last: list[torch.Tensor] | None, step: int, loss: float,
+               norm: float, first: bool) -> None:
+    """Between the backward pass and the update: is all finite, and does anything move? `last` is brought up to date."""
+    if not math.isfinite(loss + norm):
+        for p, before in zip(trained, last or []):
+            p.copy_(before)
+        raise Diverged(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}. The training stops here"
+                       + ("; the weights are those of the last finite loss" if last else "")
+                       + ". Try a smaller learning rate, or bfloat16 or float32 in place of float16.")
+    if first and not norm:
+        raise ValueError("the gradient of the first step is exactly zero, so nothing would move: is alpha 0, or lora_A "
+                         "and lora_B both zero, or the adapted layer not used?")
+    silent = layers_without_gradient(model) if first else []
+    if silent:
+        warnings.warn(f"these adapted layers got no gradient: {shorten(silent)}. What reads their weight and goes past "
+                      "their forward, or did not use them for this batch, leaves them as they are.", stacklevel=3)
+    for p, kept in zip(trained, last or []):
+        kept.copy_(p)
 
 
 def fit(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, **how) -> list[Step]:

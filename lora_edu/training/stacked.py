@@ -3,6 +3,7 @@
 Runs that share a pass share every product with a frozen weight, and what Python costs; each keeps its own loss,
 gradient norm, learning rate and optimizer state, so that its numbers are those of training it alone.
 """
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_edu.lora.stack import LoRAStack
-from lora_edu.training.loop import Batch, loss_on, warmup_linear
+from lora_edu.training.loop import Batch, loss_on, mode, warmup_linear
 
 ROWS = 8      # of a held-out batch that every adapter reads at a time: as much as training takes, or less
 
@@ -68,21 +69,27 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
         losses_of: another loss than that of the next token, with the arguments and results of `group_losses`.
     """
     model, alive = stack.model, [True] * len(stack)
+    if any(layer.lora_A.dtype in (torch.float16, torch.bfloat16) for layer in stack.layers.values()):
+        raise ValueError("the stack's factors are in 16 bits, which round small steps away: move the model to its "
+                         "dtype before LoRAStack, which makes factors in float32.")
     parameters = [stack.parameters_of(i) for i in range(len(stack))]
     device = parameters[0][0].device
     # fused: one call for an adapter; a loop over its tensors is slower
     optimizer = torch.optim.AdamW([{"params": group, "lr": 0.0} for group in parameters], weight_decay=0.0,
                                   fused=device.type in ("cpu", "cuda"))
-    was_training = model.training
-    model.train()
     batches = iter(batches)
-    try:
+    with contextlib.ExitStack() as afterwards:
+        afterwards.enter_context(mode(model, training=True))
+        afterwards.callback(stack.zero_grad)
         for step in range(steps):
             batch = next(batches, None)
             if batch is None:
                 raise ValueError(f"the batches ended after {step} steps, and {steps} were asked for.")
             with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                 sums, counts = losses_of(model, batch, len(stack))
+            if not counts.all():
+                raise ValueError(f"step {step + 1}: no token of adapter {counts.tolist().index(0)}'s rows counts, all "
+                                 "their targets are -100: look at how the prompt is masked and where the text is cut.")
             losses = sums / counts
             stack.zero_grad()
             losses.sum().backward()
@@ -91,13 +98,13 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
                 stack.share_gradients(i, group)
                 norms.append(nn.utils.clip_grad_norm_(group, math.inf if max_grad_norm is None else max_grad_norm))
                 optimizer.param_groups[i]["lr"] = stack.adapters[i].lr * schedule(step, steps)
+            if not step and not all(norms):
+                raise ValueError(f"adapter {[bool(norm) for norm in norms].index(False)}'s first gradient is exactly "
+                                 "zero, so nothing of it would move: is its alpha 0?")
             finite = (losses + torch.stack(norms)).isfinite().tolist()
             _leave_out_diverged(stack, parameters, alive, finite)
             optimizer.step()
             yield StackStep(step + 1, [loss if ok else math.nan for loss, ok in zip(losses.tolist(), alive)])
-    finally:
-        model.train(was_training)
-        stack.zero_grad()
 
 
 def _leave_out_diverged(stack: LoRAStack, parameters: list, alive: list[bool], finite: list[bool]) -> None:
@@ -116,17 +123,12 @@ def evaluate_stack(stack: LoRAStack, batches: Iterable[Batch]) -> list[float]:
 
     Raises ValueError if there is no token that counts.
     """
-    was_training = stack.model.training
-    stack.model.eval()
     total = count = torch.zeros(len(stack))
-    try:
-        with torch.no_grad():
-            for inputs, targets in ((i, t) for batch in batches for i, t in zip(*(part.split(ROWS) for part in batch))):
-                sums, counts = group_losses(stack.model, (inputs.repeat(len(stack), 1), targets.repeat(len(stack), 1)),
-                                            len(stack))
-                total, count = total.to(sums.device) + sums.double(), count.to(counts.device) + counts
-    finally:
-        stack.model.train(was_training)
+    with mode(stack.model, training=False), torch.no_grad():
+        for inputs, targets in ((i, t) for batch in batches for i, t in zip(*(part.split(ROWS) for part in batch))):
+            sums, counts = group_losses(stack.model, (inputs.repeat(len(stack), 1), targets.repeat(len(stack), 1)),
+                                        len(stack))
+            total, count = total.to(sums.device) + sums.double(), count.to(counts.device) + counts
     if not count.all():
         raise ValueError("no held-out token counts: give at least one batch whose targets are not all -100.")
     return (total / count).tolist()

@@ -4,6 +4,8 @@ As in ``curves.py``: one function a picture, no pyplot, and the caller's title s
 `plot_what_is_kept`
 first: it is the figure that the course's argument rests on.
 """
+from collections import Counter
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -35,8 +37,9 @@ NULL_DASHES = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 1)), (0, (
 def plot_spectra(curves: dict, title: str, edge: float | None = None, log: bool = True) -> Figure:
     """Singular values over their index, largest first: ``{"ΔW": sigma, ...}``, one sequence of falling numbers a line.
 
-    More than seven are drawn as thin grey lines with their median in blue: at each index the median of those that reach
-    it. ``edge`` is where the singular values of white noise would end. A log axis shows four powers of ten.
+    More than seven are drawn as thin grey lines with a median for each length, of the seven most frequent: a median
+    over unlike lengths would jump wherever one of them ends. ``edge`` is where the singular values of white noise would
+    end. A log axis shows four powers of ten.
     """
     sigmas = {name: _numbers(sigma, f"the spectrum {name!r}") for name, sigma in curves.items()}
     if not sigmas:
@@ -57,14 +60,16 @@ def plot_spectra(curves: dict, title: str, edge: float | None = None, log: bool 
 
 
 def _crowd(ax, sigmas: list) -> None:
-    """All lines thin and grey, and their median."""
-    table = np.full((len(sigmas), max(map(len, sigmas))), np.nan)
-    for row, sigma in zip(table, sigmas):
-        row[:len(sigma)] = sigma
-    index = range(1, table.shape[1] + 1)
-    each = ax.plot(index, table.T, color="#999999", linewidth=0.5, alpha=0.6, label="_")
-    each[0].set_label(f"each of {len(sigmas)} matrices")
-    ax.plot(index, np.nanmedian(table, axis=0), color=BLUE, linewidth=2.2, label="their median")
+    """All lines thin and grey, and the median of those of one length."""
+    for i, sigma in enumerate(sigmas):
+        ax.plot(range(1, len(sigma) + 1), sigma, color="#999999", linewidth=0.5, alpha=0.6,
+                label="_" if i else f"each of {len(sigmas)} matrices")
+    lengths = Counter(map(len, sigmas))
+    for i, (length, count) in enumerate(lengths.most_common(MANY)):
+        median = np.median([sigma for sigma in sigmas if len(sigma) == length], axis=0)
+        said = "their median" if len(lengths) == 1 else f"median of the {count} with {length} values"
+        line = look(i) | {"linewidth": 2.2}
+        ax.plot(range(1, length + 1), median, label=said, markevery=max(1, length // 20), **line)
 
 
 def plot_what_is_kept(ranks, energy, loss, task, nulls: dict, title: str) -> Figure:

@@ -7,7 +7,7 @@ and how often, decides when something is seen and never what.
 """
 import math
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from lora_edu.lora.layer import LoRALinear
 from lora_edu.lora.settings import LoRASettings
 from lora_edu.training import bistro
 from lora_edu.training.corpora import completions
-from lora_edu.training.loop import Batch, evaluate, sixteen_bits, train
+from lora_edu.training.loop import Batch, Diverged, Step, evaluate, sixteen_bits, train
 
 EVERY, SAMPLE_EVERY = 10, 25     # steps between two measurements, and between two samples
 SAMPLE, EXAM = 48, 4             # tokens of a sample; prompts of the exam that are answered in one piece of work
@@ -122,7 +122,7 @@ class LiveRun:
         # float32 on a CPU, whichever it is
         autocast = sixteen_bits(self.device) if self.device.type == "cuda" else None
         batches = self.lesson.batches(self.steps, adapter.seed)
-        for step in train(self.model, batches, self.steps, adapter.lr, autocast=autocast):
+        for step in self._until_diverged(train(self.model, batches, self.steps, adapter.lr, autocast=autocast)):
             last, found, sample = step.step == self.steps, [] if self.points else [before], []
             sigma = singular_values(self.model.get_submodule(self.watched))
             if last or step.step % EVERY == 0:
@@ -141,9 +141,16 @@ class LiveRun:
             self.samples += sample
             self.sigma, self.done = sigma, step.step
             yield
-        yield from self._exam()
+        if not self.complete:
+            yield from self._exam()
         self.complete = True
         yield
+
+    def _until_diverged(self, steps: Iterator[Step]) -> Iterator[Step]:
+        try:
+            yield from steps
+        except Diverged:
+            self.diverged, self.complete = self.done + 1, True
 
     def _measure(self, step: int) -> Generator[None, None, Point]:
         heldout = yield from self._loss(self.lesson.heldout)
