@@ -78,8 +78,8 @@ def add_memory(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--rank", type=int, default=8, help="of the LoRA, default: 8")
     verb.add_argument("--targets", default="all-linear",
                       help="names of matrices with commas, such as q_proj,v_proj; default: all-linear")
-    verb.add_argument("--recipe", choices=RECIPES, default="bf16-mixed",
-                      help="how numbers are stored, default: bf16-mixed")
+    verb.add_argument("--recipe", choices=RECIPES,
+                      help="how numbers are stored, default: bf16-mixed, or the four bits that the config says")
     verb.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="default: adam")
     verb.add_argument("--batch", type=int, default=1, help="texts in a step, default: 1")
     verb.add_argument("--length", type=int,
@@ -92,11 +92,10 @@ def add_memory(verb: argparse.ArgumentParser) -> None:
 def show_memory(args: argparse.Namespace) -> int:
     sizes = sizes_of(args.model)
     targets = args.targets if args.targets == "all-linear" else tuple(args.targets.split(","))
-    length = min(2048, sizes.context) if args.length is None else args.length
-    said = bill(sizes, args.method, args.rank, targets, args.recipe, args.optimizer, args.batch, length,
+    said = bill(sizes, args.method, args.rank, targets, args.recipe, args.optimizer, args.batch, args.length,
                 args.checkpointing)
     method = "full fine-tuning" if args.method == "full" else f"LoRA rank {args.rank} on {args.targets}"
-    print(f"{method}, {args.recipe}, {args.optimizer}, {args.batch} x {length} tokens" + ", checkpointing"
+    print(f"{method}, {said.recipe}, {args.optimizer}, {args.batch} x {said.length} tokens" + ", checkpointing"
           * args.checkpointing)
     print(replace(said, model=args.model))
     return 0

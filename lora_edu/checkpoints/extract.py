@@ -18,7 +18,7 @@ from lora_edu.checkpoints.kinds import CARRIED, CONV1D
 from lora_edu.lora.adapter_config import patterns
 from lora_edu.lora.adapter_file import adapter_config, target_modules, write_adapter
 from lora_edu.lora.fingerprint import TENSORS, fingerprint_of
-from lora_edu.lora.settings import real, whole
+from lora_edu.numbers import real, whole
 from lora_edu.tables import ShowsTables, Table
 
 

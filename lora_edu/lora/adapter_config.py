@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lora_edu.files import read_json
 from lora_edu.lora.layer import LoRALinear, is_conv1d
-from lora_edu.lora.settings import real, scaling_of, whole
+from lora_edu.lora.settings import scaling_of
+from lora_edu.numbers import real, whole
 
 CONFIG = "adapter_config.json"
 

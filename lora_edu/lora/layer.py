@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_edu.lora.settings import check_settings, real, scaling_of
+from lora_edu.lora.settings import check_settings, scaling_of
+from lora_edu.numbers import real
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",

@@ -5,8 +5,9 @@ Sources: Hu et al. (2021), section 4.1, for alpha / rank; Kalajdzievski (2023), 
 ("rsLoRA").
 """
 import math
-import operator
 from dataclasses import dataclass
+
+from lora_edu.numbers import real, whole
 
 FIXED_ALPHA = 16
 # a rule says alpha where only the rank is chosen; at rank 8 all three give the scaling 2
@@ -20,33 +21,6 @@ def scaling_of(rank: int, alpha: float, rslora: bool = False) -> float:
     (0.25, 2.0)
     """
     return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def whole(value) -> int | None:
-    """Python's int of a whole number of any make (NumPy's and torch's too), or None for anything else; True is none.
-
-    >>> whole(8), whole(8.0), whole("8"), whole(True)
-    (8, None, None, None)
-    """
-    try:
-        return None if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
-    except TypeError:
-        return None
-
-
-def real(value) -> int | float | None:
-    """Python's int or float of a finite number of any make, or None for anything else; text is none.
-
-    >>> real(16), real(0.5), real("16"), real(float("nan"))
-    (16, 0.5, None, None)
-    """
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        return None
-    try:
-        number = float(value) if whole(value) is None else whole(value)
-    except (TypeError, ValueError, RuntimeError):          # an array of several
-        return None
-    return number if math.isfinite(number) else None
 
 
 def check_settings(in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0,

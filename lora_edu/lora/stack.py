@@ -16,7 +16,8 @@ from torch import nn
 
 from lora_edu.lora.inject import all_or_nothing, choose_layers, linear_layers, replace, share_weights
 from lora_edu.lora.layer import LoRALinear, features
-from lora_edu.lora.settings import LoRASettings, real, whole
+from lora_edu.lora.settings import LoRASettings
+from lora_edu.numbers import real, whole
 from lora_edu.lora.targets import shorten, unwrap, weight_readers
 
 

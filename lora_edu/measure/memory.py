@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lora_edu.models.sizes import Sizes, sizes_of
+from lora_edu.numbers import whole
 from lora_edu.tables import ShowsTables, Table
 
 GIB = 2**30
@@ -163,6 +164,8 @@ class Bill(ShowsTables):
     trainable: int
     parts: dict[str, float]
     tensors: tuple[tuple[int, Kept], ...]
+    recipe: str
+    length: int
 
     @property
     def total(self) -> float:
@@ -180,14 +183,16 @@ class Bill(ShowsTables):
         return [Table((self.model, "bytes", "GiB"), self.rows(), self.summary())]
 
 
-def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-linear", recipe: str = "bf16-mixed",
-         optimizer: str = "adam", batch: int = 1, length: int = 2048, checkpointing: bool = False) -> Bill:
+def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-linear", recipe: str | None = None,
+         optimizer: str = "adam", batch: int = 1, length: int | None = None, checkpointing: bool = False) -> Bill:
     """What a training step needs, by category, from sizes alone.
 
     Args:
         model: a preset, a config.json, a folder with one, a name on the hub, or `Sizes`.
         method: "full" (everything trains) or "lora" (rank and targets, as in `apply_lora`).
-        recipe, optimizer: keys of `RECIPES` and `OPTIMIZERS`.
+        recipe, optimizer: keys of `RECIPES` and `OPTIMIZERS`; where no recipe is given, "bf16-mixed", or the four bits
+            that the model's config says it is stored in.
+        length: tokens of a text; 2,048, or the model's context where that is shorter.
         checkpointing: each block keeps its input alone and is computed again in the backward pass.
 
     "temporary" is the larger of two moments: the logits with their gradient, and, with checkpointing, the one block
@@ -196,10 +201,14 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
 
     Raises:
         ValueError: an unknown name, a batch or length that is no whole number above zero, a length beyond the context,
-            a rank that does not fit, full fine-tuning of four-bit weights.
+            a rank that does not fit, full fine-tuning of four-bit weights, cross-attention, whose activations have no
+            rule here.
     """
     sizes = model if isinstance(model, Sizes) else sizes_of(model)
+    recipe = recipe or sizes.stored or "bf16-mixed"
+    length = min(2048, sizes.context) if length is None else length
     _check(sizes, method, recipe, optimizer, batch, length)
+    rank, batch, length = whole(rank), whole(batch), whole(length)
     full, byte = method == "full", RECIPES[recipe]
     P, linear = sizes.parameters(), sizes.linear()
     trainable = P if full else sizes.adapter(targets, rank)
@@ -224,7 +233,7 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
     parts["temporary"] = max(N * sizes.vocab * (act + 4), again)
     parts["allocator (an allowance)"] = 0.05 * (parts["activations"] + parts["temporary"])
     name = model if isinstance(model, str) else f"a {sizes.kind} model"
-    return Bill(name, P, trainable, parts, tuple(tensors))
+    return Bill(name, P, trainable, parts, tuple(tensors), recipe, length)
 
 
 def _check(sizes: Sizes, method: str, recipe: str, optimizer: str, batch: int, length: int) -> None:
@@ -234,10 +243,13 @@ def _check(sizes: Sizes, method: str, recipe: str, optimizer: str, batch: int, l
         if value not in known:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}.")
     for name, value in (("batch", batch), ("length", length)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if whole(value) is None or value < 1:
             raise ValueError(f"{name}={value!r}: choose a whole number, 1 or more.")
     if length > sizes.context:
         raise ValueError(f"length={length} does not fit: the model reads at most {sizes.context:,} tokens.")
+    if sizes.cross:
+        raise ValueError("the model has cross-attention, and what autograd keeps of that has no rule here: count its "
+                         "numbers with sizes_of(…).parameters(), and measure the rest.")
     if method == "full" and not RECIPES[recipe].trained:
         raise ValueError(f"recipe={recipe!r} stores the weights in four bits, and those do not train: choose "
                          "method='lora', or another.")

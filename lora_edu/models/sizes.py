@@ -9,12 +9,18 @@ from pathlib import Path
 
 from lora_edu.files import HUB_NAME, from_hub, read_json
 from lora_edu.models.llama import LlamaConfig
+from lora_edu.numbers import whole
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A transformer in numbers. `kind` is "llama" (RMSNorm, SwiGLU, rotary positions, no biases) or "gpt2" (LayerNorm,
-    a two-layer MLP, learned positions, biases everywhere, tied embedding).
+    """A transformer in numbers. `kind` is "llama" (RMSNorm, SwiGLU, rotary positions) or "gpt2" (LayerNorm, a two-layer
+    MLP, learned positions, biases everywhere).
+
+    Args:
+        biased: the matrices of a llama that have a bias.
+        cross: each block of a gpt2 has cross-attention, too.
+        stored: the recipe (of `measure.memory`) that the checkpoint's own quantisation is; None where it has none.
 
     Raises:
         ValueError: an unknown kind, a size that is not a positive whole number, heads that do not share evenly.
@@ -30,15 +36,19 @@ class Sizes:
     context: int
     head_dim: int
     tied: bool = False
+    biased: tuple[str, ...] = ()
+    cross: bool = False
+    stored: str | None = None
 
     def __post_init__(self):
         if self.kind not in ("llama", "gpt2"):
             raise ValueError(f"an architecture {self.kind!r} cannot be counted here: give a config.json with "
                              f"model_type 'llama' or 'gpt2', or one of the presets: {', '.join(PRESETS)}.")
         for name in ("vocab", "hidden", "wide", "layers", "heads", "kv_heads", "context", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: a size is a whole number, 1 or more.")
+            value = whole(getattr(self, name))
+            if value is None or value < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a size is a whole number, 1 or more.")
+            object.__setattr__(self, name, value)
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly.")
 
@@ -59,9 +69,11 @@ class Sizes:
         """All of them; a tied output head counts once."""
         C = self.hidden
         if self.kind == "gpt2":                                          # norms and linear layers have biases
-            biases = sum(rows for rows, _ in self.matrices().values())
-            return self.linear() + self.layers * (4 * C + biases) + (self.vocab + self.context) * C + 2 * C
-        return self.linear() + self.layers * 2 * C + C + (1 if self.tied else 2) * self.vocab * C
+            # of the block, and of cross-attention: c_attn (2C, C), q_attn, c_proj (C, C) and a norm
+            block = 4 * C + sum(rows for rows, _ in self.matrices().values()) + self.cross * (4 * C * C + 6 * C)
+            return self.linear() + self.layers * block + (self.vocab * (2 - self.tied) + self.context) * C + 2 * C
+        biases = sum(self.matrices()[name][0] for name in self.biased)
+        return self.linear() + self.layers * (2 * C + biases) + C + (1 if self.tied else 2) * self.vocab * C
 
     def adapter(self, targets: tuple[str, ...] | str, rank: int) -> int:
         """Numbers of a LoRA: rank · (in + out) for each adapted matrix (Hu et al. 2021, section 4.1)."""
@@ -86,15 +98,16 @@ class Sizes:
                 if not any(("." + name).endswith("." + target) for name in named):
                     raise ValueError(f"no matrix is named {target!r}: choose from {', '.join(named)}, or 'all-linear'.")
         largest = min(min(shape) for shape in chosen.values())
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
+        if whole(rank) is None or not 1 <= rank <= largest:
             raise ValueError(f"rank={rank!r} does not fit: choose a whole number, "
                              f"1 <= rank <= {largest}, the smallest side of a target.")
         return chosen
 
     def llama_config(self) -> LlamaConfig:
         """What `Llama` is built from. Raises ValueError for another architecture."""
-        if self.kind != "llama":
-            raise ValueError(f"a {self.kind} is counted here and not built: load it with transformers.")
+        if self.kind != "llama" or self.biased:
+            raise ValueError(f"a {self.kind}{' with biases' * bool(self.biased)} is counted here and not built: load it "
+                             "with transformers.")
         return LlamaConfig(self.vocab, self.hidden, self.wide, self.layers, self.heads, self.kv_heads, self.context,
                            self.head_dim,
                            tie_word_embeddings=self.tied)
@@ -115,11 +128,30 @@ class Sizes:
                              f"it is not the whole config of a {kind} model.")
         if kind == "gpt2":
             vocab, C, layers, heads, context = (config[key] for key in keys)
-            return cls(kind, vocab, C, config.get("n_inner") or 4 * C, layers, heads, heads, context, C // heads, True)
+            wide, head_dim = config.get("n_inner") or 4 * C, _share(C, heads)
+            return cls(kind, vocab, C, wide, layers, heads, heads, context, head_dim,
+                       config.get("tie_word_embeddings") is not False, cross=bool(config.get("add_cross_attention")),
+                       stored=_stored(config))
         vocab, C, layers, heads, wide = (config[key] for key in keys)
+        biased = ("q_proj", "k_proj", "v_proj", "o_proj") * bool(config.get("attention_bias"))
+        biased += ("gate_proj", "up_proj", "down_proj") * bool(config.get("mlp_bias"))
         return cls(kind, vocab, C, wide, layers, heads, config.get("num_key_value_heads") or heads,
-                   config.get("max_position_embeddings", 2048), config.get("head_dim") or C // heads,
-                   bool(config.get("tie_word_embeddings", False)))
+                   config.get("max_position_embeddings") or 2048, config.get("head_dim") or _share(C, heads),
+                   bool(config.get("tie_word_embeddings", False)), biased, stored=_stored(config))
+
+
+def _share(hidden: int, heads: int) -> int:
+    if whole(hidden) is None or whole(heads) is None or heads < 1:
+        raise ValueError(f"hidden size {hidden!r}, {heads!r} heads: sizes are whole numbers, 1 or more.")
+    return hidden // heads
+
+
+def _stored(config: dict) -> str | None:
+    """The recipe of a checkpoint's own quantisation; what is not known here has to be said, as `recipe`."""
+    said = config.get("quantization_config") or {}
+    if said.get("load_in_4bit"):
+        return "nf4-double" if said.get("bnb_4bit_use_double_quant") else "nf4"
+    return f"{said.get('quant_method') or 'unknown'} quantisation" if said else None
 
 
 def _gpt2(hidden: int, layers: int, heads: int, context: int = 1024) -> Sizes:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_edu.lora.factors import layers_without_gradient
-from lora_edu.lora.settings import real, whole
+from lora_edu.numbers import real, whole
 from lora_edu.lora.targets import shorten
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -1,0 +1,30 @@
+"""Numbers that readers hand in, of whatever make, as Python's own; or None for what is no number."""
+import math
+import operator
+
+
+def whole(value) -> int | None:
+    """Python's int of a whole number of any make (NumPy's and torch's too), or None for anything else; True is none.
+
+    >>> whole(8), whole(8.0), whole("8"), whole(True)
+    (8, None, None, None)
+    """
+    try:
+        return None if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def real(value) -> int | float | None:
+    """Python's int or float of a finite number of any make, or None for anything else; text is none.
+
+    >>> real(16), real(0.5), real("16"), real(float("nan"))
+    (16, 0.5, None, None)
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return None
+    try:
+        number = float(value) if whole(value) is None else whole(value)
+    except (TypeError, ValueError, RuntimeError):          # an array of several
+        return None
+    return number if math.isfinite(number) else None
