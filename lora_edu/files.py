@@ -9,9 +9,12 @@ import json
 import os
 import pickle
 import re
+import socket
+import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +24,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 OTHERS = {".npz": "a NumPy", ".npy": "a NumPy", ".h5": "an HDF5", ".hdf5": "an HDF5", ".gguf": "a GGUF",
           ".onnx": "an ONNX", ".msgpack": "a Flax", ".tflite": "a TensorFlow", ".pb": "a TensorFlow"}
 FILES = (".safetensors", *PICKLED, *OTHERS)
+PATIENCE = 5            # seconds to wait for the hub
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_EXAMPLE = "a name on the hub is written owner/name, such as HuggingFaceTB/SmolLM2-135M"
 
@@ -48,7 +52,10 @@ def tensor_files(path: Path) -> dict[str, Path]:
 
 def _read_index(index: Path) -> dict[str, str]:
     """The weight_map of an index: name of each tensor -> name of its file."""
-    where = read_json(index, "an index of a model, with a weight_map").get("weight_map")
+    try:
+        where = read_json(index, "an index").get("weight_map")
+    except ValueError:
+        where = None
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise ValueError(f"{index} is no index of a model (JSON with a weight_map, tensor names to file names): fetch "
                          "it again.")
@@ -224,6 +231,22 @@ def fetch(name: str) -> Path:
     return folder
 
 
+def _hub_answers() -> bool:
+    """Can a connection be made? Asked once, because the client itself would try again for most of a minute."""
+    from huggingface_hub import constants
+    if urllib.request.getproxies():                         # then the connection goes elsewhere
+        return True
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        found = socket.getaddrinfo(url.hostname, url.port or url.scheme, type=socket.SOCK_STREAM)
+        with socket.socket(*found[0][:3]) as line:
+            line.settimeout(PATIENCE)
+            line.connect(found[0][4])
+    except OSError:
+        return False
+    return True
+
+
 def from_hub(name: str, patterns: Sequence[str]) -> Path:
     """The folder in the hub client's cache where the files of `name` are that match the patterns; fetched if they are
     not there yet.
@@ -232,9 +255,17 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
         RuntimeError: the hub cannot be reached, or does not have it; the reason is in the message.
     """
     from huggingface_hub import snapshot_download  # late: `import lora_edu` does not need it
+    reached = _hub_answers()
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=not reached))
+    except PermissionError as error:
+        raise RuntimeError(f"{name!r} cannot be kept here ({error}): set HF_HOME to a folder that may be "
+                           "written.") from error
     # what the hub client raises: HTTP errors, no cached copy, a bad name
     except (OSError, ValueError) as error:
+        if not reached:
+            raise RuntimeError(f"{name!r} is neither a folder nor a file, there is no copy of it in the hub client's "
+                               f"cache, and the hub does not answer within {PATIENCE} seconds: check the network, or "
+                               "give a folder.") from error
         raise RuntimeError(f"{name!r} is neither a folder nor a file, and the hub did not give it: check the spelling "
                            f"({HUB_EXAMPLE}) and the network ({str(error).strip().splitlines()[0]})") from error

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_edu"
-# room -> the rooms it may import from; itself and the ground (tables, files, numbers) always. What is not named here is a room
-# of its own.
+# room -> the rooms it may import from; itself and the ground (tables, files, numbers) always. What is not named here is
+# a room of its own.
 ALLOWED = {
     "tables": set(), "files": set(), "numbers": set(), "lora": set(), "models": set(),
     "checkpoints": {"lora"},

@@ -91,9 +91,16 @@ def open_side(source: nn.Module | str | Path) -> Side:
         RuntimeError: the hub did not give the name.
     """
     if isinstance(source, nn.Module):
+        if any(hasattr(module, "lora_A") for module in source.modules()):
+            raise ValueError("this model carries a LoRA, so its weights are not where the other side's are: call "
+                             "remove_lora(model, merge=True) on a copy of it first.")
         return TensorsInMemory(getattr(source, "name_or_path", "") or type(source).__name__,
                                source.state_dict(keep_vars=True), source)
     path, said = locate(source), str(source)
+    folder = path if path.is_dir() else path.parent
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{said} is a LoRA adapter and no model: load_adapter(model, …) it on its base, then "
+                         "remove_lora(model, merge=True), and give that model.")
     if path.is_file():
         if path.suffix in PICKLED:
             return TensorsInMemory(said, read_pickled(path), files=[path])

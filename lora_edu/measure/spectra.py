@@ -19,6 +19,7 @@ from torch import nn
 
 from lora_edu.checkpoints.deltas import Deltas
 from lora_edu.lora.layer import is_conv1d
+from lora_edu.numbers import whole
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str
         rest: whose biases, norms and embeddings: "base" or "tuned". There is no default, because it changes the answer.
 
     Raises:
-        ValueError: a rest that is neither, a rank that is no whole number from 0.
+        ValueError: a rest that is neither, a rank that is no whole number from 0, a tensor of that side that has
+            another shape than the model's (a vocabulary that grew).
 
     Source: Eckart and Young (1936).
 
@@ -194,10 +196,16 @@ def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str
     if rest not in ("base", "tuned"):
         raise ValueError(f"rest={rest!r}: choose 'base' or 'tuned', whose biases, "
                          "norms and embeddings the model shall have.")
-    if not isinstance(rank, int) or rank < 0:
+    if whole(rank) is None or rank < 0:
         raise ValueError(f"rank={rank!r} is not a number of directions to keep: choose a whole number from 0.")
     factors = deltas if isinstance(deltas, Factors) else factor(deltas)
     side, cut = getattr(factors.deltas, rest), copy.deepcopy(model)
+    grown = [name for name, place in cut.state_dict().items() if name.removesuffix(".weight") not in factors.parts
+             and name in side.names and side.shapes[name] != tuple(place.shape)]
+    if grown:
+        other = "base" if rest == "tuned" else "tuned"
+        raise ValueError(f"{grown[0]} is {side.shapes[grown[0]]} on the {rest} side and of another shape in the model "
+                         f"that was given: give the {rest} model, or choose rest={other!r}.")
     with torch.no_grad():
         for name, place in cut.state_dict(keep_vars=True).items():
             # a matrix that is no layer's weight (an LSTM's) keeps its whole name

@@ -16,14 +16,23 @@ BISTRO_ADAPTER = FABLE / "bistro_lora"      # trained by `python -m lora_edu.rec
 def best_device() -> torch.device:
     """The fastest device here: CUDA, then Apple's MPS, then the CPU. The variable LORA_EDU_DEVICE overrules it.
 
-    Raises RuntimeError, from torch, if the variable names no device.
+    Raises RuntimeError if the variable names no device, or one that is not here.
 
     >>> best_device().type in ("cuda", "mps", "cpu")
     True
     """
     asked = os.environ.get("LORA_EDU_DEVICE")
     if asked:
-        return torch.device(asked)
+        try:
+            device = torch.device(asked)
+        except RuntimeError:
+            raise RuntimeError(f"LORA_EDU_DEVICE={asked!r} names no device: set it to cpu, cuda or mps, or unset "
+                               "it.") from None
+        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+        if (device.index or 0) >= there:
+            raise RuntimeError(f"LORA_EDU_DEVICE={asked!r}, and torch sees {there} such devices here: set it to cpu, "
+                               "or unset it.")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -106,8 +106,8 @@ class Sizes:
     def llama_config(self) -> LlamaConfig:
         """What `Llama` is built from. Raises ValueError for another architecture."""
         if self.kind != "llama" or self.biased:
-            raise ValueError(f"a {self.kind}{' with biases' * bool(self.biased)} is counted here and not built: load it "
-                             "with transformers.")
+            raise ValueError(f"a {self.kind}{' with biases' * bool(self.biased)} is counted here and not built: load "
+                             "it with transformers.")
         return LlamaConfig(self.vocab, self.hidden, self.wide, self.layers, self.heads, self.kv_heads, self.context,
                            self.head_dim,
                            tie_word_embeddings=self.tied)

@@ -40,10 +40,16 @@ def python_docs(split: str = "train") -> str:
     a
     paragraph is kept only in the shortest topic that has it: no paragraph is in two splits. The text differs between
     versions of Python.
+
+    Raises RuntimeError where Python was installed without it.
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"split={split!r}: choose one of train, valid, test.")
-    from pydoc_data.topics import topics  # here, because it is half a megabyte that few imports need
+    try:
+        from pydoc_data.topics import topics  # here, because it is half a megabyte that few imports need
+    except ModuleNotFoundError:
+        raise RuntimeError("this Python comes without pydoc_data, the language reference that is read here: install "
+                           "the whole of it (on Debian libpython3-stdlib), or take another Python.") from None
     seen, documents = set(), []
     for topic in sorted(topics, key=lambda topic: (len(topics[topic]), topic)):
         paragraphs = [p for p in re.split(r"\n\s*\n", clean(topics[topic])) if p.strip() not in seen]

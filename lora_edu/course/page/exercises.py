@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_edu.course.page.tell import tell
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -191,5 +193,5 @@ def not_attempted(number: str) -> Verdict:
 def say(number: str, passed: bool | None, text: str) -> Verdict:
     mark = {True: " ✓ ", False: " ✗ ", None: ": "}[passed]
     verdict = Verdict(passed, f"Exercise {number}{mark}{text}")
-    print(verdict.line)
+    tell(verdict.line)
     return verdict

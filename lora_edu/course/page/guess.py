@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from lora_edu.course.page.show import BLACK, ORANGE, new_figure, show
 
+from lora_edu.course.page.tell import tell
+
 _guesses: dict[str, "Guess"] = {}   # question -> its guess; a cell run twice replaces its own
 YOURS = dict(color=ORANGE, marker="D", markersize=9, linestyle="--", label="your guess")
 TRUTH = dict(color=BLACK, marker="o", markersize=9, linestyle="-", label="the truth")
@@ -30,7 +32,7 @@ def guess(value, question: str, unit: str = "", x=None, xlabel: str = "") -> "Gu
     """
     made = Guess(None if value is None else _numbers(value, "your guess", x), question, unit, x, xlabel)
     _guesses[question] = made
-    print(f"no guess yet: {question}" if value is None else f"your guess: {_say(made.value, unit)}")
+    tell(f"no guess yet: {question}" if value is None else f"your guess: {_say(made.value, unit)}")
     return made
 
 
@@ -38,10 +40,10 @@ def calibration() -> None:
     """Sum up the guesses of this notebook: how many were made, how far off, and in which direction."""
     scored = [each for each in _guesses.values() if each.factor is not None]
     if not scored:
-        print(f"calibration: no guesses yet; this notebook asks for {len(_guesses)}")
+        tell(f"calibration: no guesses yet; this notebook asks for {len(_guesses)}")
         return
     middle, low = median(each.factor for each in scored), sum(each.too_low for each in scored)
-    print(f"calibration: {len(scored)} of {len(_guesses)} guessed; "
+    tell(f"calibration: {len(scored)} of {len(_guesses)} guessed; "
           f"half of them within a factor of {_factor(middle)}; {low} too low")
 
 
@@ -56,13 +58,13 @@ class Guess:
     def reveal(self, truth) -> None:
         """Show the guess beside ``truth`` (a number, or one for each ``x``) and score it; without a guess, say so."""
         if self.value is None:
-            print("no guess to compare: put yours in place of None above, and run both cells again")
+            tell("no guess to compare: put yours in place of None above, and run both cells again")
             return
         truth = _numbers(truth, "the truth", self.x)
         self.factor = factor_off(self.value, truth)
         self.too_low = sum(_list(self.value)) < sum(_list(truth))
         show(self.draw(truth))
-        print(f"your guess: {_say(self.value, self.unit)}; the truth: {_say(truth, self.unit)}")
+        tell(f"your guess: {_say(self.value, self.unit)}; the truth: {_say(truth, self.unit)}")
 
     def draw(self, truth) -> Figure:
         """Guess and truth in one figure: two points on a line, or two curves over ``x``."""
