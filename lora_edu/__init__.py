@@ -6,7 +6,7 @@ The course's names (claims, figures, labs) are in `lora_edu.course`; the library
 from lora_edu.checkpoints.deltas import deltas
 from lora_edu.checkpoints.extract import extract_lora
 from lora_edu.lora.adapter_file import load_adapter, save_adapter
-from lora_edu.lora.factors import lora_parameters, lora_state_dict
+from lora_edu.lora.factors import layers_without_gradient, load_lora_state_dict, lora_parameters, lora_state_dict
 from lora_edu.lora.inject import apply_lora
 from lora_edu.lora.layer import LoRALinear
 from lora_edu.lora.merge import lora_off, merge_lora, remove_lora, set_strength, unmerge_lora
@@ -20,7 +20,6 @@ from lora_edu.training.sweep import sweep
 
 __version__ = "0.1.0"
 __all__ = ["Llama", "LoRALinear", "LoRASettings", "LoRAStack", "apply_lora", "best_device", "deltas", "evaluate",
-           "extract_lora", "fit",
-           "load_adapter", "load_pretrained", "lora_off", "lora_parameters", "lora_state_dict", "merge_lora",
-           "remove_lora",
-           "save_adapter", "set_strength", "spectrum", "sweep", "train", "truncate", "unmerge_lora"]
+           "extract_lora", "fit", "layers_without_gradient", "load_adapter", "load_lora_state_dict", "load_pretrained",
+           "lora_off", "lora_parameters", "lora_state_dict", "merge_lora", "remove_lora", "save_adapter",
+           "set_strength", "spectrum", "sweep", "train", "truncate", "unmerge_lora"]

@@ -30,6 +30,8 @@ def some_lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 def layers_without_gradient(model: nn.Module) -> list[str]:
     """After a backward pass: names of the adapted layers that it did not reach. Call it where a layer may not be used.
 
+    Raises nothing: a model without LoRA has none.
+
     >>> from lora_edu import apply_lora
     >>> model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3))
     >>> _ = apply_lora(model, "all-linear", rank=2)
@@ -114,13 +116,18 @@ def refuse_adapted(model: nn.Module) -> None:
     taken = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     if taken:
         refuse_reloaded(model)
+        makes = {type(model.get_submodule(name)).__module__.partition(".")[0] for name in taken} - {"lora_edu"}
+        if makes:
+            raise ValueError(f"the model carries a LoRA of {' and '.join(sorted(makes))} already, on {shorten(taken)}: "
+                             "give the model as it was before.")
         raise ValueError(f"the model has LoRA already, on {shorten(taken)}: call remove_lora(model, merge=…) first.")
 
 
 def refuse_reloaded(model: nn.Module) -> None:
     """Raise ValueError for a `LoRALinear` whose class is not this one: autoreload has made it anew since."""
     old = [name for name, module in model.named_modules()
-           if type(module).__name__ == "LoRALinear" and not isinstance(module, LoRALinear)]
+           if type(module).__name__ == "LoRALinear" and type(module).__module__.startswith("lora_edu.")
+           and not isinstance(module, LoRALinear)]
     if old:
         raise ValueError(f"{shorten(old)} were wrapped by a LoRALinear of before lora_edu was reloaded, and are not "
                          "known any more: load the model anew, or restart the kernel.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_edu.lora.conv import LoRAConv
@@ -18,6 +19,7 @@ from lora_edu.lora.factors import refuse_adapted, some_lora_layers
 from lora_edu.lora.layer import HOOKS, LoRALinear, check_weight, features, is_linear, move_hooks
 from lora_edu.lora.settings import check_settings, scaling_of
 from lora_edu.lora.targets import find_targets, output_heads, refuse_tied, shorten, unwrap, weight_readers
+from lora_edu.numbers import whole
 from lora_edu.tables import ShowsTables, Table
 
 NOT_THE_MODEL = ("this is apply_lora's report and not the model, which was changed in place and is still the one that "
@@ -135,7 +137,16 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
     head = output_heads(model, linears) if everything else []
     wrap_layers(model, {name: (layer, dict(rank=rank, alpha=alpha, dropout=dropout, rslora=rslora))
                         for name, layer in chosen.items()})
-    return LoRAReport.of(model, [name for name in linears if name not in chosen], head)
+    return LoRAReport.of(model, [name for name in linears if name not in chosen], head, _in_no_layer(model))
+
+
+def _in_no_layer(model: nn.Module) -> str:
+    """A sentence about stacks of matrices that are no layer's weight, as experts are: no LoRA goes beside them."""
+    others = {name: module for name, module in model.named_modules() if not isinstance(module, _ConvNd)}
+    stacks = {f"{name}.{end}".removeprefix("."): p for name, module in others.items()
+              for end, p in module.named_parameters(recurse=False) if p.ndim > 2 and min(p.shape) > 1}
+    said = f"{sum(p.numel() for p in stacks.values()):,} numbers lie in stacks of matrices that it does not reach: "
+    return f"{said}{shorten(list(stacks), 2)}." if stacks else ""
 
 
 def wrap_layers(model: nn.Module, layers: Mapping[str, tuple[nn.Module, dict]]) -> None:
@@ -184,11 +195,15 @@ def choose_layers(model: nn.Module, target_modules: Sequence[str] | str, rank: i
 
 def check_layers(model: nn.Module, targets: list[str], rank: int = 1, alpha: float = 1.0, dropout: float = 0.0) -> None:
     """Raise ValueError, by name, for a layer that these settings do not fit, or that no LoRA fits."""
+    for name in targets:
+        try:
+            check_weight(model.get_submodule(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     refuse_tied(model, targets)
     for name in targets:
         layer = model.get_submodule(name)
         try:
-            check_weight(layer)
             check_settings(*features(layer), rank, alpha, dropout)
             if dropout and isinstance(layer, NonDynamicallyQuantizableLinear):
                 raise ValueError(f"attention reads this layer's weight and never calls it, so dropout={dropout} would "
@@ -198,8 +213,9 @@ def check_layers(model: nn.Module, targets: list[str], rank: int = 1, alpha: flo
 
 
 def _offer_without_narrow(model: nn.Module, targets: list[str], rank) -> str:
-    narrow = [name for name in targets if isinstance(rank, int) and min(model.get_submodule(name).weight.shape) < rank]
-    if rank == 1 or not narrow or len(narrow) == len(targets):
+    asked = whole(rank) or 1
+    narrow = [name for name in targets if min(model.get_submodule(name).weight.shape) < asked]
+    if not narrow or len(narrow) == len(targets):
         return ""
     return (f" Narrower than rank {rank} are {shorten(narrow)}: take a smaller rank, or target_modules without "
             f"{'it' if len(narrow) == 1 else 'them'}.")

@@ -24,8 +24,8 @@ def is_conv1d(layer: nn.Module) -> bool:
 
     Known by its name and shape, so that this package need not import transformers.
     """
-    ndim = getattr(getattr(layer, "weight", None), "ndim", 0)
-    return type(layer).__name__ == "Conv1D" and ndim == 2 and hasattr(layer, "nf")
+    named = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")      # first: a weight may be computed when read
+    return named and getattr(getattr(layer, "weight", None), "ndim", 0) == 2
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -75,11 +75,11 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
     if old is not new:
         for name in HOOKS:
             theirs, own = vars(old)[name], vars(new)[name]
+            if not theirs:
+                continue
             if isinstance(theirs, dict):                    # the same object: a handle knows the dict, not the module
                 theirs.update(own)
-                vars(old)[name], vars(new)[name] = type(theirs)(), theirs
-            elif theirs is not None:
-                vars(old)[name], vars(new)[name] = None, theirs
+            vars(old)[name], vars(new)[name] = type(theirs)() if isinstance(theirs, dict) else None, theirs
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -109,8 +109,9 @@ def _heads_by_name_or_shape(linears: dict[str, nn.Module]) -> list[str]:
     alone = [name for name, end in zip(linears, ends) if (ends.count(end) == 1 or name == end)
              and not re.search(r"(^|\.)\d+\.(?!\d)", name)]
     named = [name for name in alone if name.rpartition(".")[2] in HEADS]
-    widths = {linear: tuple(linear.weight.shape)[::-1] if hasattr(linear, "nf") else tuple(linear.weight.shape)
-              for linear in linears.values()}            # (out, in)
+    # (out, in), without a look at the weight, which may be computed when it is read
+    widths = {linear: (linear.out_features, linear.in_features) if isinstance(linear, nn.Linear)
+              else tuple(linear.weight.shape)[::-1] for linear in linears.values()}
     read = {into for _, into in widths.values()}
     unread = [name for name in alone if widths[linears[name]][0] not in read]
     last = [name for name in list(linears)[-1:] if name in alone]
@@ -160,5 +161,6 @@ def storage_of(tensor: torch.Tensor) -> tuple:
     """What two names of one tensor have in common: its memory, or where none is to be seen (a shard, a tensor without
     values), the object.
     """
-    storage = tensor.untyped_storage() if type(tensor) in (torch.Tensor, nn.Parameter) else None
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+    storage = tensor.untyped_storage() if plain else None
     return (storage.data_ptr(), tensor.storage_offset()) if storage and storage.data_ptr() else (id(tensor),)

@@ -67,11 +67,12 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
         batches: (inputs, targets), each with a group of rows for every adapter, as many rows each; see `side_by_side`.
         schedule, max_grad_norm, autocast: as in `train`; gradients are clipped for each adapter by its own norm.
         losses_of: another loss than that of the next token, with the arguments and results of `group_losses`.
+
+    Raises:
+        ValueError: batches that end early, rows of which no token counts, factors in 16 bits, a first gradient of zero.
     """
+    _refuse_narrow(stack)
     model, alive = stack.model, [True] * len(stack)
-    if any(layer.lora_A.dtype in (torch.float16, torch.bfloat16) for layer in stack.layers.values()):
-        raise ValueError("the stack's factors are in 16 bits, which round small steps away: move the model to its "
-                         "dtype before LoRAStack, which makes factors in float32.")
     parameters = [stack.parameters_of(i) for i in range(len(stack))]
     device = parameters[0][0].device
     # fused: one call for an adapter; a loop over its tensors is slower
@@ -87,9 +88,7 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
                 raise ValueError(f"the batches ended after {step} steps, and {steps} were asked for.")
             with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
                 sums, counts = losses_of(model, batch, len(stack))
-            if not counts.all():
-                raise ValueError(f"step {step + 1}: no token of adapter {counts.tolist().index(0)}'s rows counts, all "
-                                 "their targets are -100: look at how the prompt is masked and where the text is cut.")
+            _refuse_uncounted(counts, step)
             losses = sums / counts
             stack.zero_grad()
             losses.sum().backward()
@@ -98,13 +97,30 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
                 stack.share_gradients(i, group)
                 norms.append(nn.utils.clip_grad_norm_(group, math.inf if max_grad_norm is None else max_grad_norm))
                 optimizer.param_groups[i]["lr"] = stack.adapters[i].lr * schedule(step, steps)
-            if not step and not all(norms):
-                raise ValueError(f"adapter {[bool(norm) for norm in norms].index(False)}'s first gradient is exactly "
-                                 "zero, so nothing of it would move: is its alpha 0?")
+            if not step:
+                _refuse_unmoved(norms)
             finite = (losses + torch.stack(norms)).isfinite().tolist()
             _leave_out_diverged(stack, parameters, alive, finite)
             optimizer.step()
             yield StackStep(step + 1, [loss if ok else math.nan for loss, ok in zip(losses.tolist(), alive)])
+
+
+def _refuse_narrow(stack: LoRAStack) -> None:
+    if any(layer.lora_A.dtype in (torch.float16, torch.bfloat16) for layer in stack.layers.values()):
+        raise ValueError("the stack's factors are in 16 bits, which round small steps away: move the model to its "
+                         "dtype before LoRAStack, which makes factors in float32.")
+
+
+def _refuse_uncounted(counts: torch.Tensor, step: int) -> None:
+    if not counts.all():
+        raise ValueError(f"step {step + 1}: no token of adapter {counts.tolist().index(0)}'s rows counts, all their "
+                         "targets are -100: look at how the prompt is masked and where the text is cut.")
+
+
+def _refuse_unmoved(norms: list[torch.Tensor]) -> None:
+    if not all(norms):
+        raise ValueError(f"adapter {[bool(norm) for norm in norms].index(False)}'s first gradient is exactly zero, so "
+                         "nothing of it would move: is its alpha 0?")
 
 
 def _leave_out_diverged(stack: LoRAStack, parameters: list, alive: list[bool], finite: list[bool]) -> None:
