@@ -1,13 +1,27 @@
 """Adapters go both ways between us and PEFT, and wrong files are refused where PEFT warns or says nothing."""
+import copy
 import json
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from lora_edu import LoRALinear, apply_lora, lora_state_dict
+from lora_edu import (
+    LoRALinear,
+    apply_lora,
+    load_pretrained,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+    set_strength,
+    unmerge_lora,
+)
 from lora_edu.lora.adapter_file import load_adapter, save_adapter
+from lora_edu.lora.factors import lora_layers
+from lora_edu.models.pretrained import BISTRO_ADAPTER
 from tests.lora.tiny import IDS, MODELS, logits, names, our_llama, shake
 
 
@@ -115,3 +129,181 @@ def test_rslora_goes_both_ways(kind, tmp_path):
     back = MODELS[kind]().eval()
     assert load_adapter(back, tmp_path / "theirs").rslora
     torch.testing.assert_close(logits(back), logits(model), rtol=1e-6, atol=1e-7)
+
+
+def set_half(model):
+    set_strength(model, 0.5)
+
+
+def set_by_hand(model):
+    for _, layer in lora_layers(model):
+        layer.scaling = layer.alpha / layer.rank**0.5
+
+
+def set_two_alphas(model):
+    for _, layer in list(lora_layers(model))[::2]:
+        layer.alpha, layer.scaling = 32.0, 32.0 / layer.rank
+
+
+def set_unlike_ranks(model):
+    remove_lora(model, merge=False)
+    for i, block in enumerate(model.model.layers):
+        block.self_attn.q_proj = LoRALinear.wrap(block.self_attn.q_proj, rank=2 + 3 * i, alpha=8)
+        block.mlp.up_proj = LoRALinear.wrap(block.mlp.up_proj, rank=4, alpha=5, rslora=bool(i))
+
+
+@pytest.mark.parametrize("change", [set_half, set_by_hand, set_two_alphas, set_unlike_ranks])
+def test_what_the_model_computes_is_what_comes_back(change, tmp_path):
+    """Oracles: the model's own logits before saving, and PEFT's of the same files."""
+    model = MODELS["transformers' Llama"]().eval()
+    apply_lora(model, ["q_proj", "up_proj"], rank=4, alpha=8)
+    change(model)
+    shake(model)
+    save_adapter(model, tmp_path)
+    load_adapter(again := MODELS["transformers' Llama"](), tmp_path)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-6, atol=1e-7)
+    theirs = peft.PeftModel.from_pretrained(MODELS["transformers' Llama"](), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def classifier(seed):
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24,
+                                                       num_hidden_layers=2, num_attention_heads=2, num_labels=2,
+                                                       num_key_value_heads=1, pad_token_id=0))
+    torch.manual_seed(seed)
+    nn.init.normal_(model.score.weight)          # a head is new in every process
+    return model.eval()
+
+
+@pytest.mark.parametrize("beside", ["score", "model.norm", "model.embed_tokens"])
+def test_what_was_trained_beside_the_lora_comes_back(beside, tmp_path):
+    """Oracles: the saved model's logits, and PEFT's of the same files."""
+    model = classifier(1)
+    report = apply_lora(model, "all-linear", rank=2)
+    assert report.head == report.left_out == ["score"]
+    shake(model)
+    model.score.requires_grad_(True)
+    module = model.get_submodule(beside).requires_grad_(True)
+    with torch.no_grad():
+        module.weight += 0.1
+    save_adapter(model, tmp_path)
+    load_adapter(again := classifier(2), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    theirs = peft.PeftModel.from_pretrained(classifier(3), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-6)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(config["modules_to_save"]) == {"score", beside} and config["task_type"] is None
+
+
+def test_heads_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
+    model = classifier(1)
+    apply_lora(model, "all-linear", rank=2)
+    model.score.requires_grad_(True)
+    save_adapter(model, tmp_path)
+    other = classifier(2)
+    other.score = nn.Linear(16, 3, bias=False)
+    before = logits(other)
+    with pytest.raises(ValueError, match=r"another shape \(first: score.weight"):
+        load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), before) and not names(other)
+    with pytest.raises(ValueError, match="saves a module 'score' whole, and this LlamaForCausalLM has none"):
+        load_adapter(MODELS["transformers' Llama"](), tmp_path)
+
+
+def test_what_the_format_cannot_hold_is_refused_when_saving(tmp_path):
+    model = our_llama()
+    apply_lora(model, ["q_proj"], rank=2)
+    model.model["layers"][0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="q_proj.base_layer has numbers that train beside the factors"):
+        save_adapter(model, tmp_path / "a")
+    model.requires_grad_(False)
+    for value, dtype in ((float("nan"), torch.float32), (1e6, torch.float16)):
+        model.model["layers"][1].self_attn.q_proj.lora_B.data[0, 0] = value
+        with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.lora_B.weight hold numbers that are not"):
+            save_adapter(model, tmp_path / "a", dtype=dtype)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_model_in_wrappers_is_saved_under_plain_names(tmp_path):
+    model = our_llama().eval()
+    apply_lora(model, ["q_proj"], rank=2)
+    shake(model)
+    save_adapter(model, tmp_path / "plain")
+    want = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    model.model["layers"][0] = torch.compile(model.model["layers"][0], backend="eager")
+    for i, wrapped in enumerate((model, torch.compile(model, backend="eager"), nn.DataParallel(model))):
+        save_adapter(wrapped, tmp_path / str(i))
+        assert load_file(tmp_path / str(i) / "adapter_model.safetensors").keys() == want.keys()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_base_is_known_again_and_another_is_refused(kind, dtype, tmp_path):
+    model = MODELS[kind]()
+    apply_lora(model, rank=2)
+    save_adapter(model, tmp_path)
+    assert "fingerprint" not in load_adapter(MODELS[kind]().to(dtype), tmp_path).summary()
+    other = MODELS[kind]()
+    for parameter in other.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    with pytest.raises(ValueError, match="made for another base: .* holds other numbers here.*any_base=True"):
+        load_adapter(other, tmp_path)
+    assert not names(other) and all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+    load_adapter(other, tmp_path, any_base=True)
+
+
+def test_the_base_of_linear_layers_alone_and_a_vocabulary_that_grew(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False))
+    plain = [copy.deepcopy(model) for _ in range(2)]
+    apply_lora(model, ["0"], rank=2)
+    save_adapter(model, tmp_path / "a")
+    load_adapter(plain[0], tmp_path / "a")
+    plain[1][0].weight.data += 1
+    with pytest.raises(ValueError, match="0.weight holds other numbers"):
+        load_adapter(plain[1], tmp_path / "a")
+    model = MODELS["transformers' Llama"]()
+    apply_lora(model, ["q_proj"], rank=2)
+    save_adapter(model, tmp_path / "b")
+    grown = MODELS["transformers' Llama"]()
+    grown.resize_token_embeddings(57)
+    load_adapter(grown, tmp_path / "b")
+
+
+def test_the_shipped_adapter_knows_fable(tmp_path):
+    load_adapter(load_pretrained()[0], BISTRO_ADAPTER)
+    other = load_pretrained()[0]
+    other.model["embed_tokens"].weight.data.mul_(1.1)
+    with pytest.raises(ValueError, match="made for another base: model.embed_tokens.weight"):
+        load_adapter(other, BISTRO_ADAPTER)
+
+
+def test_peft_says_nothing_about_the_fingerprint(saved, recwarn):
+    peft.PeftModel.from_pretrained(MODELS["transformers' Llama"](), saved)
+    assert not [w for w in recwarn if "fingerprint" in str(w.message) or "lora_edu" in str(w.message)]
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1), lambda: nn.Conv1d(3, 5, 4)])
+def test_convolutions_are_read_merged_and_taken_out(build, tmp_path):
+    """Oracle: PEFT's outputs of the files that it wrote."""
+    torch.manual_seed(0)
+    base = nn.Sequential(build(), nn.ReLU())
+    x = torch.randn(2, 3, 9, 9)[..., :9] if isinstance(base[0], nn.Conv2d) else torch.randn(2, 3, 9)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, plain = copy.deepcopy(base), base(x)
+    load_adapter(ours, tmp_path)
+    want = theirs(x)
+    torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-5)
+    merge_lora(ours)
+    torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-5)
+    unmerge_lora(ours)
+    save_adapter(ours, tmp_path / "again")
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")(x), want)
+    twin = copy.deepcopy(ours)
+    remove_lora(twin, merge=True)
+    torch.testing.assert_close(twin(x), want, rtol=1e-4, atol=1e-5)
+    remove_lora(ours, merge=False)
+    assert torch.equal(ours(x), plain)
