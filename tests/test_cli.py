@@ -1,6 +1,7 @@
 """The command lora-edu: its verbs give the library's numbers, and errors are one line."""
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -198,3 +199,85 @@ def test_memory_refuses_in_one_line(arguments, message, capsys):
     assert cli.main(["memory", *arguments]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """A pair with a quantised matrix and a grown vocabulary: one matrix of three can be compared."""
+    t = {"a.weight": torch.randn(6, 5), "b.weight": torch.ones(4, 4).char(), "wte.weight": torch.randn(9, 5)}
+    other = {"a.weight": t["a.weight"] + 0.1, "b.weight": -t["b.weight"], "wte.weight": torch.randn(11, 5)}
+    for name, tensors in (("base", t), ("tuned", other)):
+        save_file(tensors | {"mask": torch.ones(3, dtype=torch.int64)}, tmp_path / f"{name}.safetensors")
+    return [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+
+
+def test_what_could_not_be_compared_has_a_line_no_share_and_a_status(grown, tmp_path, capsys):
+    for arguments in (["spectrum", *grown], ["extract", *grown, "--rank", "2", "--out", str(tmp_path / "lora")]):
+        assert cli.main(arguments) == 3
+        out = capsys.readouterr().out
+        assert "1 of 1 matrices changed; 2 tensors could not be compared (first: " in out and "no share" in out
+        assert "% of the squared" not in out and "unchanged" in out, "the mask is the same, and said to be"
+    assert cli.main(["spectrum", grown[0], grown[0]]) == 0
+
+
+def test_nothing_to_write_writes_nothing_and_says_so_before_the_work(grown, tmp_path, capsys):
+    for name, tensor in (("base", torch.zeros(2)), ("tuned", torch.ones(2))):
+        save_file({"bias": tensor}, tmp_path / f"{name}.safetensors")
+    picture = tmp_path / "s.png"
+    assert cli.main(["spectrum", *grown, "--plot", str(picture)]) == 1 and not picture.exists()
+    assert "no matrix of the two can be compared, so nothing is written" in capsys.readouterr().err
+    (tmp_path / "folder.png").mkdir()
+    assert cli.main(["spectrum", "no such", "thing", "--plot", str(tmp_path / "folder.png")]) == 1
+    assert "folder.png is a folder: give another name" in capsys.readouterr().err
+
+
+def test_a_kind_is_told(tmp_path, capsys):
+    for name, size in (("base", 0.0), ("tuned", 1.0)):
+        weight = torch.zeros(6, 4, 3, 3) + size * torch.randn(6, 4, 3, 3)
+        save_file({"c.weight": weight, "fc.weight": torch.eye(5) * (1 + size)}, tmp_path / f"{name}.safetensors")
+    sides = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    assert cli.main(["extract", *sides, "--rank", "2", "--out", str(tmp_path / "a")]) == 0
+    assert "bare file" in capsys.readouterr().out and len(load_file(tmp_path / "a" / "adapter_model.safetensors")) == 2
+    assert cli.main(["extract", *sides, "--rank", "2", "--kind", "c=conv2d", "--out", str(tmp_path / "b")]) == 0
+    assert load_file(tmp_path / "b" / "adapter_model.safetensors")["base_model.model.c.lora_A.weight"].ndim == 4
+    with pytest.raises(SystemExit):
+        cli.main(["extract", *sides, "--rank", "2", "--kind", "c", "--out", str(tmp_path / "c")])
+    assert "write NAME=conv1d" in capsys.readouterr().err
+
+
+def run(*arguments, **how):
+    command = [sys.executable, "-m", "lora_edu.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_it_prints_in_any_encoding(encoding, tuned, tmp_path):
+    done = run("spectrum", "fable", str(tuned), env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 0 and b"q_proj" in out and b"Traceback" not in err
+
+
+def test_a_reader_that_has_enough_is_no_error(tuned):
+    process = run("spectrum", "fable", str(tuned))
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read() and process.wait(60) == 0
+
+
+def test_ctrl_c_is_one_line(tuned, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "measure", stop)
+    assert cli.main(["spectrum", "fable", str(tuned)]) == 130
+    assert capsys.readouterr().err.splitlines() == ["lora-edu: stopped; nothing was written."]
+
+
+def test_a_picture_of_many_matrices_has_no_jump_and_its_title_fits(tmp_path):
+    """Titles of long paths are cut at their start, and stand inside the picture."""
+    from lora_edu.course.figures.spectra import plot_spectra
+    long = str(tmp_path / ("a-very-long-name-of-a-model-" * 4))
+    figure = plot_spectra({str(i): np.arange(5 + 3 * (i % 3), 0, -1.0) for i in range(12)},
+                          f"{cli.ending(long)} to {cli.ending(long)}")
+    figure.canvas.draw()
+    box = figure.axes[0].title.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width
+    assert len([line for line in figure.axes[0].lines if line.get_linewidth() > 2]) == 3

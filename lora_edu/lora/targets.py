@@ -115,7 +115,9 @@ def _heads_by_name_or_shape(linears: dict[str, nn.Module]) -> list[str]:
     read = {into for _, into in widths.values()}
     unread = [name for name in alone if widths[linears[name]][0] not in read]
     last = [name for name in list(linears)[-1:] if name in alone]
-    return named or unread[-1:] or last
+    if named:                                            # and what answers beside it, as a value head does
+        return named + [name for name in unread if "." not in name and name not in named]
+    return unread[-1:] or last
 
 
 def weight_readers(model: nn.Module) -> set[str]:

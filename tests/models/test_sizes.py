@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
 from lora_edu.lora.inject import apply_lora
+from lora_edu.measure.memory import bill
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import FABLE, load_pretrained
 from lora_edu.models.sizes import PRESETS, Sizes, sizes_of
@@ -149,3 +152,58 @@ def test_a_name_on_the_hub_needs_its_config_alone(tmp_path):
                                                       "the hub did not give")
     again = asked_for("owner/small", HF_HUB_OFFLINE="1")                    # the server is gone: from the cache
     assert again.stdout == found.stdout
+
+
+SMALL = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+GPT2 = dict(vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+
+
+@pytest.mark.parametrize("config", [
+    transformers.LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True),
+    transformers.LlamaConfig(**SMALL, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    transformers.LlamaConfig(**SMALL, num_key_value_heads=2, mlp_bias=True, tie_word_embeddings=True),
+    transformers.GPT2Config(**GPT2, tie_word_embeddings=False), transformers.GPT2Config(**GPT2, n_inner=40),
+    transformers.GPT2Config(**GPT2, add_cross_attention=True)])
+def test_every_key_that_changes_the_count_is_read(config, tmp_path):
+    """Oracle: transformers' own count."""
+    config.save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert sizes_of(tmp_path).parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("quantisation, recipe", [
+    ({"load_in_4bit": True}, "nf4"), ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "nf4-double"),
+    (None, "bf16-mixed")])
+def test_a_config_that_says_how_it_is_stored_is_billed_so(quantisation, recipe, tmp_path):
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2).to_dict() | {"quantization_config": quantisation}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    said = bill(str(tmp_path))
+    assert said.recipe == recipe and said.parts == bill(str(tmp_path), recipe=recipe).parts
+
+
+def test_what_cannot_be_billed_is_said(tmp_path):
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2).to_dict() | {"model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="recipe='gptq quantisation': choose one of"):
+        bill(str(tmp_path))
+    bill(str(tmp_path), recipe="nf4")
+    transformers.GPT2Config(**GPT2, add_cross_attention=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cross-attention"):
+        bill(str(tmp_path))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"num_attention_heads": 12}, "cannot share"), ({"hidden_size": "32"}, "whole number"),
+    ({"num_attention_heads": 0}, "whole number"), ({"intermediate_size": [1, 2]}, "a size is a whole number"),
+    ({"num_hidden_layers": None}, "a size is a whole number"), ({"vocab_size": 1.5}, "a size is a whole number")])
+def test_a_size_that_is_none_is_refused(change, message, tmp_path):
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=8 if "cannot" in message else 2).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"} | change))
+    with pytest.raises(ValueError, match=message):
+        bill(str(tmp_path))
+
+
+def test_a_short_context_and_numbers_of_numpy(tmp_path):
+    assert bill("fable").length == 512 and bill("gpt2").length == 1024 and bill("llama-7b").length == 2048
+    assert bill("gpt2", rank=np.int64(4), batch=np.int64(2), length=np.int64(8)).parts == bill(
+        "gpt2", rank=4, batch=2, length=8).parts

@@ -1,14 +1,16 @@
 """The loop against a loop written out by hand, and its promises: stops, schedules, modes, devices."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_edu import evaluate, train
+from lora_edu import apply_lora, evaluate, lora_parameters, train
 from lora_edu.training import loop
-from lora_edu.training.loop import Step, adamw, constant, fit, warmup_linear
+from lora_edu.training.loop import Diverged, Step, adamw, constant, fit, warmup_linear
+from tests.lora.tiny import our_llama
 
 
 class Tiny(nn.Module):
@@ -171,3 +173,113 @@ def test_batches_move_to_the_models_device():
         pytest.skip("needs a CUDA GPU")
     net = model().cuda()
     assert list(train(net, batches(), 8, 0.05))[-1].loss < evaluate(model(), batches())
+
+
+def adapted(alpha=16.0, **how):
+    model = our_llama(vocab_size=50)
+    apply_lora(model, ["q_proj", "v_proj"], rank=2, alpha=alpha, **how)
+    return model
+
+
+def some_batches(count=6):
+    ids = torch.randint(50, (count, 2, 9), generator=torch.Generator().manual_seed(3))
+    return [(each[:, :-1], each[:, 1:]) for each in ids]
+
+
+def test_an_optimizer_of_before_apply_lora_is_refused_in_the_first_step():
+    model = our_llama(vocab_size=50)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    apply_lora(model, ["q_proj"], rank=2)
+    with pytest.raises(ValueError, match="holds .* none of them is one of the 4 that train.*after apply_lora"):
+        next(train(model, some_batches(), 6, 1e-3, optimizer=optimizer))
+
+
+def test_a_first_gradient_of_zero_is_said():
+    with pytest.raises(ValueError, match="gradient of the first step is exactly zero"):
+        next(train(adapted(alpha=0), some_batches(), 6, 1e-3))
+
+
+def test_targets_of_which_none_counts_are_said_at_any_step():
+    batches = some_batches()
+    batches[2] = batches[2][0], torch.full_like(batches[2][1], -100)
+    steps = train(adapted(), batches, 6, 1e-3)
+    next(steps), next(steps)
+    with pytest.raises(ValueError, match="step 3: no token of the batch counts"):
+        next(steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_in_16_bits_are_refused(dtype):
+    with pytest.raises(ValueError, match="q_proj.lora_A.* are in 16 bits.*before apply_lora"):
+        next(train(adapted().to(dtype), some_batches(), 6, 1e-3))
+    model = our_llama(vocab_size=50).to(dtype)
+    apply_lora(model, ["q_proj"], rank=2)
+    assert next(train(model, some_batches(), 6, 1e-3)).step == 1
+
+
+@pytest.mark.parametrize("what", ["factor", "rate", "gradient"])
+def test_it_stops_at_the_first_number_that_is_not_finite_and_keeps_the_last_finite_weights(what):
+    model, losses = adapted(alpha=1e4 if what == "rate" else 16.0), []
+    kept, lr = None, 1e36 if what == "rate" else 1e-2
+    steps = train(model, some_batches(), 6, lr, schedule=constant, max_grad_norm=None)
+    with pytest.raises(Diverged, match=r"step \d: loss .*weights are those of the last finite loss"):
+        for step in steps:
+            losses.append(step.loss)
+            if step.step == 2 and what == "factor":
+                lora_parameters(model)[0].data[0, 0] = torch.inf
+            if step.step == 2 and what == "gradient":
+                lora_parameters(model)[0].register_hook(lambda grad: grad * torch.nan)
+            if step.step == 1:
+                kept = [p.detach().clone() for p in lora_parameters(model)]
+    assert all(map(math.isfinite, losses)) and all(p.isfinite().all() for p in lora_parameters(model))
+    assert model.training
+    if what == "factor":
+        assert all(torch.equal(p, was) for p, was in zip(lora_parameters(model), kept, strict=True))
+
+
+def test_adapted_layers_that_got_no_gradient_are_named_once():
+    model = adapted()
+    block = model.model["layers"][1].self_attn
+    block.v_proj.forward = block.v_proj.base_layer.forward
+    with pytest.warns(UserWarning, match="got no gradient: model.layers.1.self_attn.v_proj") as said:
+        list(train(model, some_batches(), 6, 1e-3))
+    assert len([w for w in said if "gradient" in str(w.message)]) == 1
+
+
+IDS = torch.arange(8)[None]
+
+
+@pytest.mark.parametrize("batch, message", [
+    ({"input_ids": IDS, "labels": IDS}, r"dict of 2: give \(batch\['input_ids'\]\[:, :-1\]"),
+    ((IDS, torch.ones_like(IDS), IDS), "tuple of 3"), (IDS, "this is a Tensor"), ((IDS.tolist(), IDS.tolist()), "list"),
+    ((IDS, IDS), "targets are the inputs themselves"), ((IDS, IDS[:, 1:]), "are no batch"),
+    ((IDS.float(), IDS), "are no batch"), ((IDS[0], IDS[0] + 1), "are no batch"),
+    ((IDS + 60, IDS), "not in the model's vocabulary"),
+    ((IDS, IDS + 60), "not in the model's vocabulary")])
+def test_batches_of_other_kinds_get_a_sentence(batch, message):
+    model = adapted()
+    for call in (lambda: next(train(model, iter([batch, batch]), 1, 1e-3)), lambda: evaluate(model, [batch])):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert model.training
+
+
+def test_ids_of_32_bits_are_ids():
+    (inputs, targets), model = some_batches()[0], adapted()
+    assert evaluate(model, [(inputs.int(), targets.int())]) == evaluate(model, [(inputs, targets)])
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": -3}, {"steps": 1.0}, {"lr": -1.0}, {"lr": math.nan},
+                                   {"lr": "1e-3"}])
+def test_steps_and_rates_that_are_none(wrong):
+    with pytest.raises(ValueError, match="choose a whole number of steps"):
+        next(train(adapted(), some_batches(), **({"steps": 1, "lr": 1e-3} | wrong)))
+    assert next(train(adapted(), some_batches(), np.int64(1), np.float32(1e-3))).step == 1
+
+
+def test_every_module_gets_its_own_mode_back():
+    model = adapted()
+    frozen = model.model["layers"][0].eval()
+    list(train(model, some_batches(), 2, 1e-3))
+    evaluate(model, some_batches(1))
+    assert model.training and not frozen.training and not frozen.mlp.training
