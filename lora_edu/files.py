@@ -173,24 +173,32 @@ def write_text(file: Path, text: str) -> None:
 def write_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Write several files under temporary names, then move them all; folders are made.
 
-    If that fails or is interrupted, what was new is taken away again, new folders too.
+    If that fails or is interrupted, what was new is taken away again, new folders too, and what was there is back.
     """
     made = [folder for file in writers for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     new = [file for file in writers if not file.exists()]
     half = {file: file.with_name(file.name + ".part") for file in writers}
+    old = {file: file.with_name(file.name + ".before") for file in writers if file not in new and len(writers) > 1}
     try:
         for file, write in writers.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             write(half[file])
         for file, part in half.items():
+            if file in old:
+                file.replace(old[file])
             part.replace(file)
     except BaseException:                   # Ctrl-C too
         for file in (*half.values(), *new):
             file.unlink(missing_ok=True)
+        for file, kept in old.items():
+            if kept.exists():
+                kept.replace(file)
         for folder in dict.fromkeys(made):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         raise
+    for kept in old.values():
+        kept.unlink(missing_ok=True)
 
 
 def once(file: Path | None, make: Callable[[], object]):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +122,80 @@ def test_a_damaged_or_lying_file_is_named(spoil, pair, tmp_path):
     spoil(file)
     with pytest.raises(ValueError, match=r"x\.safetensors is damaged or no safetensors file"):
         files.tensor_headers(file)
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_two_files_that_were_there_are_both_old_or_both_new(at, monkeypatch, tmp_path):
+    """Stopped at any of the moves: the old pair is back, and nothing else lies there."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    files.write_together({a: lambda part: part.write_text("old a"), b: lambda part: part.write_text("old b")})
+    real, calls = Path.replace, [0]
+
+    def stop(path, target):
+        calls[0] += 1
+        if calls[0] == at:
+            raise KeyboardInterrupt
+        return real(path, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            files.write_together({a: lambda part: part.write_text("new a"), b: lambda part: part.write_text("new b")})
+    assert [f.read_text() for f in (a, b)] == ["old a", "old b"] and sorted(tmp_path.iterdir()) == [a, b]
+    files.write_together({a: lambda part: part.write_text("new a"), b: lambda part: part.write_text("new b")})
+    assert [f.read_text() for f in (a, b)] == ["new a", "new b"] and sorted(tmp_path.iterdir()) == [a, b]
+
+
+@pytest.mark.parametrize("name, said", [("x.npz", "a NumPy"), ("x.h5", "an HDF5"), ("x.gguf", "a GGUF")])
+def test_files_of_other_kinds_are_called_what_they_are(name, said, tmp_path):
+    (tmp_path / name).write_bytes(b"PK")
+    for read in (files.tensor_headers, files.read_pickled):
+        with pytest.raises(ValueError, match=f"{name} is {said} file, and weights are read from"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("wrap", ["state_dict", "model_state_dict", "model"])
+def test_what_training_scripts_wrap_around_the_tensors_is_taken_off(wrap, tmp_path):
+    for name in ("x.pt", "x.ckpt"):
+        torch.save({wrap: {"a.weight": torch.ones(2, 2)}, "epoch": 3}, tmp_path / name)
+        assert list(files.read_pickled(tmp_path / name)) == ["a.weight"]
+    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "y.pt")
+    with pytest.raises(ValueError, match="holds a dict of 'epoch', 'loss', not tensors by name"):
+        files.read_pickled(tmp_path / "y.pt")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(monkeypatch, tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(files.os, "access", lambda *args: False)
+    with pytest.raises(PermissionError, match="a.safetensors is there and may not be read"):
+        files.read_tensor(tmp_path / "a.safetensors", "a")
+
+
+@pytest.mark.parametrize("names", [{"a": 5}, {"a": ["x"]}, {"a": None}])
+def test_an_index_whose_file_names_are_none(names, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match="is no index of a model"):
+        files.tensor_files(tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """A black hole of a network: one connection is tried, with a limit, and the client is told to look in its cache."""
+    import huggingface_hub
+    waited, asked = [], []
+
+    class Line:
+        def __init__(self, *args): ...
+        def __enter__(self): return self
+        def __exit__(self, *args): ...
+        def settimeout(self, seconds): waited.append(seconds)
+        def connect(self, address): raise TimeoutError("timed out")
+
+    def cached_only(name, allow_patterns, local_files_only):
+        asked.append(local_files_only)
+        raise FileNotFoundError("no copy")
+    monkeypatch.setattr(files.socket, "getaddrinfo", lambda *args, **how: [(2, 1, 6, "", ("192.0.2.1", 443))])
+    monkeypatch.setattr(files.socket, "socket", Line)
+    monkeypatch.setattr(files.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached_only)
+    with pytest.raises(RuntimeError, match="owner/name' .*does not answer within 5 seconds: check the network"):
+        files.fetch("owner/name")
+    assert waited == [5] and asked == [True]

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lora_edu import apply_lora, save_adapter
 from lora_edu.checkpoints.deltas import deltas, dot
 from tests.lora.tiny import MODELS, gpt2, hf_llama, our_llama
 
@@ -246,3 +247,24 @@ def test_models_and_files_are_left_as_they_are(tmp_path):
         pass
     assert [file.read_bytes() for file in files] == before[0]
     assert all(torch.equal(t, before[1][name]) for name, t in base.state_dict().items())
+
+
+def test_a_prefix_that_would_make_them_match_is_named():
+    base = nn.Sequential(nn.Linear(3, 2))
+    tuned = nn.ModuleDict({"module": nn.Sequential(nn.Linear(3, 2))})
+    with pytest.raises(ValueError, match="With 'module.' taken from the front of the tuned side's names they would fit"):
+        deltas(base, tuned)
+    with pytest.raises(ValueError, match="With 'module.' put to the front of the tuned side's names"):
+        deltas(tuned, base)
+
+
+def test_an_adapter_is_no_side(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    plain = copy.deepcopy(model)
+    apply_lora(model, ["0"], rank=1)
+    with pytest.raises(ValueError, match=r"carries a LoRA.*remove_lora\(model, merge=True\)"):
+        deltas(plain, model)
+    save_adapter(model, tmp_path)
+    for side in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(ValueError, match="is a LoRA adapter and no model"):
+            deltas(plain, side)

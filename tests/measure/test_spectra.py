@@ -232,3 +232,13 @@ def test_truncate_cuts_matrices_that_are_no_layers_weight():
         U, S, Vh = np.linalg.svd((tuned.state_dict()[name] - before).numpy(), full_matrices=False)
         torch.testing.assert_close(cut[name], before + torch.from_numpy((U[:, :2] * S[:2]) @ Vh[:2]))
     assert torch.equal(cut["bias_ih_l0"], tuned.bias_ih_l0)
+
+
+def test_a_vocabulary_that_grew_is_said_and_changes_nothing():
+    base = nn.ModuleDict({"wte": nn.Embedding(9, 4), "fc": nn.Linear(4, 4)})
+    tuned = nn.ModuleDict({"wte": nn.Embedding(11, 4), "fc": nn.Linear(4, 4)})
+    pair = deltas(base, tuned)
+    with pytest.raises(ValueError, match=r"wte.weight is \(11, 4\) on the tuned side .* choose rest='base'"):
+        truncate(base, pair, np.int64(1), rest="tuned")
+    assert truncate(base, pair, np.int64(1), rest="base")["wte"].weight.shape == (9, 4)
+    assert truncate(tuned, pair, 1, rest="tuned")["wte"].weight.shape == (11, 4)

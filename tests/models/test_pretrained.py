@@ -122,3 +122,21 @@ def test_importing_the_library_needs_neither_widgets_nor_plots():
             "'huggingface_hub'): sys.modules[name] = None\nimport lora_edu\nmodel, _ = lora_edu.load_pretrained()\n"
             "lora_edu.apply_lora(model)\nassert not any(name.startswith('lora_edu.course') for name in sys.modules)\n")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("asked, message", [("gpu", "names no device: set it to cpu"), ("cuda:77", "torch sees .* such"),
+                                            ("", None), ("cpu", None)])
+def test_the_variable_is_named_where_it_names_no_device(asked, message, monkeypatch):
+    monkeypatch.setenv("LORA_EDU_DEVICE", asked)
+    if message is None:
+        assert best_device().type in ("cpu", "cuda", "mps")
+        return
+    with pytest.raises(RuntimeError, match=f"LORA_EDU_DEVICE='{asked}'.*{message}"):
+        best_device()
+
+
+def test_cuda_where_there_is_none(monkeypatch):
+    monkeypatch.setenv("LORA_EDU_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RuntimeError, match="LORA_EDU_DEVICE='cuda', and torch sees 0 such devices here"):
+        best_device()

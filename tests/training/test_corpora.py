@@ -1,6 +1,7 @@
 """Texts, tokens and windows: nothing overlaps, nothing is lost, the same seed gives the same."""
 import gzip
 import re
+import sys
 from itertools import islice
 
 import pytest
@@ -205,3 +206,9 @@ def test_tales_refuse_a_model_that_carries_an_adapter(tokenizer):
     model.lora_A = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="before apply_lora"):
         corpora.tales_from(model, tokenizer, n=1)
+
+
+def test_a_python_without_its_reference_gets_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(RuntimeError, match="comes without pydoc_data"):
+        corpora.python_docs()
