@@ -124,8 +124,8 @@ def test_importing_the_library_needs_neither_widgets_nor_plots():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("asked, message", [("gpu", "names no device: set it to cpu"), ("cuda:77", "torch sees .* such"),
-                                            ("", None), ("cpu", None)])
+@pytest.mark.parametrize("asked, message", [("gpu", "names no device: set it to cpu"),
+                                            ("cuda:77", "torch sees .* such"), ("", None), ("cpu", None)])
 def test_the_variable_is_named_where_it_names_no_device(asked, message, monkeypatch):
     monkeypatch.setenv("LORA_EDU_DEVICE", asked)
     if message is None:

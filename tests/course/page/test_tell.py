@@ -13,7 +13,8 @@ say("1.1", False, "almost")
 """
 
 
-@pytest.mark.parametrize("encoding, want", [("ascii", "[yes] holds: DW is low-rank"), ("utf-8", "✓ holds: ΔW is low-rank"),
+@pytest.mark.parametrize("encoding, want", [("ascii", "[yes] holds: DW is low-rank"),
+                                            ("utf-8", "✓ holds: ΔW is low-rank"),
                                             ("cp1252", "[yes] holds: DW is low-rank")])
 def test_a_verdict_is_printed_in_any_encoding(encoding, want):
     env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
