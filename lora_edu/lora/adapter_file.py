@@ -99,8 +99,12 @@ def write_adapter(folder: str | Path, tensors: Mapping[str, torch.Tensor], confi
         tensors: "module name.lora_A.weight" and "….lora_B.weight" -> tensor, and those of modules_to_save.
         base: the fingerprint of the base, if it has one.
 
-    Raises ValueError for a number that is not finite.
+    Raises ValueError for a number that is not finite, or a tensor without values.
     """
+    empty = [name for name, t in tensors.items() if t.is_meta]
+    if empty:
+        raise ValueError(f"{shorten(empty, 3)} have no values (they are on the meta device), so nothing is written: "
+                         "load the whole model to one device first.")
     broken = [name for name, t in tensors.items() if not t.isfinite().all()]
     if broken:
         raise ValueError(f"{shorten(broken, 3)} hold numbers that are not finite, so nothing is written: go back to "

@@ -66,6 +66,7 @@ def _parameters(model: nn.Module) -> tuple[dict, dict, dict]:
     for prefix, module in model.named_modules():
         for end, parameter in module.named_parameters(recurse=False):
             name = f"{plain_name(prefix)}.{end}".replace(".base_layer.", ".").removeprefix(".")
-            if end not in ("lora_A", "lora_B") and parameter.dtype in FLOATS and parameter.numel():
+            there = parameter.dtype in FLOATS and parameter.numel() and not parameter.is_meta
+            if there and end not in ("lora_A", "lora_B"):
                 groups[(1 if end == "bias" else 2) if is_linear(module) else 0][name] = parameter
     return groups

@@ -273,8 +273,10 @@ class LoRALinear(nn.Module):
 
         Raises:
             RuntimeError: the layer is in training mode with dropout, which a merged weight cannot do.
-            ValueError: an entry of the update, or of the sum, is not finite; the base layer has a forward of its own.
+            ValueError: an entry of the update, or of the sum, is not finite; the base layer has a forward of its own,
+                or its weight is no plain tensor any more.
         """
+        check_weight(self.base_layer)
         if has_own_forward(self.base_layer):
             raise ValueError(f"a {type(self.base_layer).__name__} has a forward of its own, and no merged weight can "
                              "stand for that: use the layer as it is, with its update beside it.")

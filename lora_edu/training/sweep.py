@@ -14,6 +14,7 @@ from torch import nn
 from lora_edu.files import write_text
 from lora_edu.lora.settings import LoRASettings
 from lora_edu.lora.stack import LoRAStack, targets_of
+from lora_edu.numbers import whole
 from lora_edu.tables import ShowsTables, Table
 from lora_edu.training.autograd_kept import kept_by_autograd
 from lora_edu.training.loop import Batch, warmup_linear
@@ -90,8 +91,9 @@ def sweep(model: nn.Module, grid: Iterable[LoRASettings], batches: Callable[[int
     grid, heldout = list(grid), list(heldout)
     targets_of(model, grid)
     tokens = sum((targets != -100).sum().item() for _, targets in heldout)
-    if steps < 1 or not tokens:
+    if (whole(steps) or 0) < 1 or not tokens:
         raise ValueError(f"steps={steps} and {tokens} held-out tokens that count: a sweep needs at least one of each.")
+    steps = whole(steps)
     rows = _read_finished(out, grid, steps)
     # like ranks together: little padding
     open_runs = sorted((i for i in range(len(grid)) if i not in rows), key=lambda i: grid[i].rank)

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
@@ -294,3 +295,19 @@ def test_wrappers_are_looked_through():
     model.model["layers"][0].self_attn = torch.compile(model.model["layers"][0].self_attn, backend="eager")
     assert len(apply_lora(model, r"model\.layers\.\d\.self_attn\.q_proj", rank=2).matched) == 2
     assert set(lora_state_dict(model)) == set(lora_state_dict(plain))
+
+
+def test_a_base_that_is_offloaded_before_or_after_is_refused(tmp_path):
+    """accelerate leaves the weights on the meta device, and brings them when a layer is called."""
+    model = cpu_offload(hf_llama(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="q_proj: its weight has no values .*meta"):
+        apply_lora(model, ["q_proj"], rank=2)
+    model = hf_llama()
+    apply_lora(model, ["q_proj"], rank=2)
+    model = cpu_offload(model.eval(), execution_device=torch.device("cpu"))
+    for call in (lambda: merge_lora(model), lambda: remove_lora(model, merge=True)):
+        with pytest.raises(ValueError, match="q_proj: its weight has no values .*meta"):
+            call()
+    with pytest.raises(ValueError, match="q_proj.lora_A.weight.* have no values"):
+        save_adapter(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
