@@ -114,8 +114,12 @@ def _alpha(layer: LoRALinear, rslora: bool) -> float:
 
 
 def patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """Whole names, as expressions, of the layers whose value is not the usual one; longer names first, since a name
-    may be the ending of another.
+    """Whole names, as expressions, of the layers whose value is not the usual one, and of those that end in such a
+    name, which would be taken for it; longer names first, since the first that matches counts.
+
+    >>> patterns({"q": 4, "b.q": 8, "b.k": 8}, usual=8)
+    {'b\\\\.q': 8, 'q': 4}
     """
-    return {re.escape(name): value for name, value in sorted(values.items(), key=lambda pair: -len(pair[0]))
-            if value != usual}
+    unusual = [name for name, value in values.items() if value != usual]
+    told = [name for name in values if any(("." + name).endswith("." + other) for other in unusual)]
+    return {re.escape(name): values[name] for name in sorted(told, key=len, reverse=True)}

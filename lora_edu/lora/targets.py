@@ -115,8 +115,9 @@ def _heads_by_name_or_shape(linears: dict[str, nn.Module]) -> list[str]:
     read = {into for _, into in widths.values()}
     unread = [name for name in alone if widths[linears[name]][0] not in read]
     last = [name for name in list(linears)[-1:] if name in alone]
-    if named:                                            # and what answers beside it, as a value head does
-        return named + [name for name in unread if "." not in name and name not in named]
+    if named:                                            # and what answers after it, as a value head does
+        order = list(linears)
+        return named + [name for name in unread if "." not in name and order.index(name) > order.index(named[-1])]
     return unread[-1:] or last
 
 

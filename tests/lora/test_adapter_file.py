@@ -307,3 +307,24 @@ def test_convolutions_are_read_merged_and_taken_out(build, tmp_path):
     torch.testing.assert_close(twin(x), want, rtol=1e-4, atol=1e-5)
     remove_lora(ours, merge=False)
     assert torch.equal(ours(x), plain)
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (4, 2)])
+def test_a_name_that_is_the_ending_of_another_keeps_its_own_rank(ranks, tmp_path):
+    """Oracle: PEFT, which takes the first pattern that matches an ending."""
+    def build():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"q": nn.Linear(6, 6), "b": nn.ModuleDict({"q": nn.Linear(6, 6), "k": nn.Linear(6, 6)})})
+    model = build()
+    for parent, rank in zip((model, model["b"]), ranks, strict=True):
+        parent["q"] = LoRALinear.wrap(parent["q"], rank, alpha=rank)
+    model["b"]["k"] = LoRALinear.wrap(model["b"]["k"], 2, alpha=3)
+    save_adapter(model, tmp_path)
+    load_adapter(again := build(), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path).base_model.model
+    for name in ("q", "b.q", "b.k"):
+        want = model.get_submodule(name)
+        assert torch.equal(again.get_submodule(name).delta_weight(), want.delta_weight())
+        assert theirs.get_submodule(name).r["default"] == want.rank
+        assert theirs.get_submodule(name).scaling["default"] == want.scaling
+

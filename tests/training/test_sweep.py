@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -362,3 +363,26 @@ def test_held_out_loss_is_that_of_evaluate(base):
     assert evaluate_stack(stack, HELDOUT) == pytest.approx([evaluate(stack.unstack(i), HELDOUT) for i in range(5)],
                                                            abs=1e-12)
     assert base.training
+
+
+def test_rows_of_which_no_token_counts_and_adapters_that_would_not_move_are_said():
+    model, ids = our_llama(vocab_size=50), torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    good = (ids[:, :-1], ids[:, 1:])
+    grid = [LoRASettings(rank=1), LoRASettings(rank=2, alpha=0)]
+    with pytest.raises(ValueError, match="adapter 1's first gradient is exactly zero"):
+        sweep(model, grid, lambda seed: [good] * 3, 3, [good])
+    with pytest.raises(ValueError, match="step 2: no token of adapter 0's rows counts"):
+        sweep(model, grid[:1], lambda seed: [good, (good[0], torch.full_like(good[1], -100))], 2, [good])
+    stack = LoRAStack(model, grid[:1])
+    model.bfloat16()
+    with pytest.raises(ValueError, match="stack's factors are in 16 bits"):
+        next(train_stack(stack, [good], 1))
+
+
+def test_numbers_of_numpy_are_kept_as_json(tmp_path):
+    model, ids = our_llama(vocab_size=50), torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    good, out = (ids[:, :-1], ids[:, 1:]), tmp_path / "s.json"
+    grid = [LoRASettings(rank=np.int64(1), alpha=np.float32(2), lr=np.float64(1e-3), seed=np.int32(0))]
+    table = sweep(model, grid, lambda seed: [good] * 2, np.int64(2), [good], out=out)
+    assert json.loads(out.read_text())[0]["steps"] == table[0]["steps"] == 2
+
