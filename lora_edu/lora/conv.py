@@ -5,10 +5,9 @@ Seen as a matrix (out, in * kernel) a convolution is a linear layer over patches
 goes beside linear layers only.
 """
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from lora_edu.lora.layer import LoRALinear, check_weight, features, is_plain_conv, move_hooks
+from lora_edu.lora.layer import LoRALinear, is_plain_conv
 
 
 class LoRAConv(LoRALinear):
@@ -26,16 +25,7 @@ class LoRAConv(LoRALinear):
     True
     """
 
-    @classmethod
-    def wrap(cls, base_layer: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, rslora: bool = False,
-             any_rank: bool = False) -> "LoRAConv":
-        if not is_plain_conv(base_layer):
-            raise TypeError(f"a {type(base_layer).__name__} like this cannot be wrapped: LoRAConv takes plain "
-                            "convolutions, without groups, dilation or padding of their own.")
-        check_weight(base_layer)
-        layer = cls(*features(base_layer), rank, alpha, dropout, base_layer, rslora, any_rank)
-        move_hooks(base_layer, layer)
-        return layer
+    takes, TAKEN = staticmethod(is_plain_conv), "convolutions without groups, dilation or padding of their own"
 
     @property
     def file_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_edu.lora.conv import LoRAConv
 from lora_edu.lora.factors import refuse_adapted, some_lora_layers
 from lora_edu.lora.layer import HOOKS, LoRALinear, check_weight, features, is_linear, move_hooks
-from lora_edu.lora.settings import check_settings, scaling_of
+from lora_edu.lora.settings import check_settings
 from lora_edu.lora.targets import find_targets, output_heads, refuse_tied, shorten, unwrap, weight_readers
 from lora_edu.numbers import whole
 from lora_edu.tables import ShowsTables, Table
@@ -69,7 +69,7 @@ class LoRAReport(ShowsTables):
 
     @property
     def scaling(self) -> float:
-        return scaling_of(self.rank, self.alpha, self.rslora)
+        return next(iter(self.scalings.values()))
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row for each kind of layer (name ending and shape): ending, how many, shape, trainable numbers in all."""

@@ -149,6 +149,7 @@ class LoRALinear(nn.Module):
     """
 
     merged_weight: torch.Tensor | None
+    takes, TAKEN = staticmethod(is_linear), "nn.Linear and transformers' Conv1D"
 
     def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
                  base_layer: nn.Module | None = None, rslora: bool = False, any_rank: bool = False):
@@ -179,9 +180,8 @@ class LoRALinear(nn.Module):
         """
         if isinstance(base_layer, cls):
             raise ValueError("this layer is a LoRALinear already: wrap its base_layer, or remove_lora first.")
-        if not is_linear(base_layer):
-            raise TypeError(f"a {type(base_layer).__name__} cannot be wrapped: LoRALinear takes nn.Linear and "
-                            "transformers' Conv1D.")
+        if not cls.takes(base_layer):
+            raise TypeError(f"a {type(base_layer).__name__} cannot be wrapped: {cls.__name__} takes {cls.TAKEN}.")
         check_weight(base_layer)
         layer = cls(*features(base_layer), rank, alpha, dropout, base_layer, rslora, any_rank)
         move_hooks(base_layer, layer)

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_edu.lora.factors import layers_without_gradient
-from lora_edu.numbers import real, whole
 from lora_edu.lora.targets import shorten
+from lora_edu.numbers import real, whole
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -218,8 +218,12 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer, steps: in
     if not any(id(p) in own for p in trained):
         raise ValueError(f"the optimizer holds {len(trained)} tensors, and none of them is one of the {len(own)} that "
                          "train in this model: make it after apply_lora, of lora_parameters(model).")
-    narrow = [own[id(p)] for p in trained if p.dtype in (torch.float16, torch.bfloat16) and id(p) in own
-              and own[id(p)].endswith(("lora_A", "lora_B"))]
+    held, factors = {id(p) for p in trained}, [key for key in own if own[key].endswith(("lora_A", "lora_B"))]
+    left = [own[key] for key in factors if key not in held]
+    if left:
+        raise ValueError(f"the optimizer does not hold {shorten(left, 2)}, which train in this model: make it after "
+                         "apply_lora, of all that trains.")
+    narrow = [own[id(p)] for p in trained if p.dtype in (torch.float16, torch.bfloat16) and id(p) in factors]
     if narrow:
         raise ValueError(f"{shorten(narrow, 2)} are in 16 bits, which round small steps away: move the model to its "
                          "dtype before apply_lora, which makes factors in float32, or set p.data = p.data.float() for "

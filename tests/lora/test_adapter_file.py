@@ -20,6 +20,7 @@ from lora_edu import (
     unmerge_lora,
 )
 from lora_edu.lora.adapter_file import load_adapter, save_adapter
+from lora_edu.lora.conv import LoRAConv
 from lora_edu.lora.factors import lora_layers
 from lora_edu.models.pretrained import BISTRO_ADAPTER
 from tests.lora.tiny import IDS, MODELS, logits, names, our_llama, shake
@@ -328,3 +329,9 @@ def test_a_name_that_is_the_ending_of_another_keeps_its_own_rank(ranks, tmp_path
         assert theirs.get_submodule(name).r["default"] == want.rank
         assert theirs.get_submodule(name).scaling["default"] == want.scaling
 
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Linear(4, 4),
+                                  nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")])
+def test_what_no_two_convolutions_can_stand_beside_is_refused(conv):
+    with pytest.raises(TypeError, match="cannot be wrapped: LoRAConv takes convolutions without groups"):
+        LoRAConv.wrap(conv, 2)

@@ -194,6 +194,15 @@ def test_an_optimizer_of_before_apply_lora_is_refused_in_the_first_step():
         next(train(model, some_batches(), 6, 1e-3, optimizer=optimizer))
 
 
+def test_an_optimizer_that_holds_the_head_and_no_factors_is_refused():
+    model = our_llama(vocab_size=50, tied=False)
+    optimizer = torch.optim.AdamW(model.lm_head.parameters(), lr=1e-3)
+    apply_lora(model, ["q_proj"], rank=2)
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match="does not hold model.layers.0.self_attn.q_proj.lora_A"):
+        next(train(model, some_batches(), 6, 1e-3, optimizer=optimizer))
+
+
 def test_a_first_gradient_of_zero_is_said():
     with pytest.raises(ValueError, match="gradient of the first step is exactly zero"):
         next(train(adapted(alpha=0), some_batches(), 6, 1e-3))
