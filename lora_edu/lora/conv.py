@@ -17,8 +17,8 @@ class LoRAConv(LoRALinear):
         lora_A (rank, in_channels * kernel), lora_B (out_channels, rank)
         x (..., in_channels, *places) -> y (..., out_channels, *places)
 
-    >>> conv = LoRAConv.wrap(nn.Conv2d(3, 8, 3), rank=2)
-    >>> _ = nn.init.normal_(conv.lora_B)
+    >>> conv = LoRAConv.wrap(torch.nn.Conv2d(3, 8, 3), rank=2)
+    >>> _ = torch.nn.init.normal_(conv.lora_B)
     >>> x = torch.randn(5, 3, 9, 9)
     >>> weight = conv.base_layer.weight + conv.delta_weight().view(8, 3, 3, 3)
     >>> torch.allclose(conv(x), F.conv2d(x, weight, conv.bias), atol=1e-4)
