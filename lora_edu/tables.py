@@ -1,9 +1,29 @@
 """One table for everything that shows itself as one: HTML in a notebook, columns of text everywhere else."""
 import re
+import sys
 from collections.abc import Sequence
 from html import escape
 
 NUMBER = re.compile(r"[-+]?\d[\d.,e+-]*\b|[-+]?\.\d|nan|inf", re.IGNORECASE)
+
+
+PLAIN = {"✓": "[yes]", "✗": "[no]", "≠": "[differs]", "ΔW": "dW", "‖": "|", "₀": "0", "·": "*", "×": "x", "…": "..."}
+
+
+def printable(text: str) -> str:
+    """The text for this process's stdout: where that knows no tick or no Δ (cp1252, ASCII), plain signs stand for them.
+
+    >>> printable("✓ holds")
+    '✓ holds'
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+        return text
+    except UnicodeEncodeError:
+        for sign, plain in PLAIN.items():
+            text = text.replace(sign, plain)
+        return text.encode(encoding, "replace").decode(encoding)
 
 
 class Table:
@@ -29,6 +49,9 @@ class Table:
                            zip(line, widths, self._to_the_right(), strict=True)).rstrip() for line in lines]
         return "\n".join(drawn + [self.note] * bool(self.note))
 
+    def __str__(self) -> str:
+        return printable(repr(self))
+
     def _repr_html_(self) -> str:
         sides = ["right" if right else "left" for right in self._to_the_right()]
 
@@ -52,6 +75,9 @@ class ShowsTables:
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.tables()))
+
+    def __str__(self) -> str:
+        return printable(repr(self))
 
     def _repr_html_(self) -> str:
         return "".join(table._repr_html_() for table in self.tables())

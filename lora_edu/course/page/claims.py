@@ -8,8 +8,7 @@ import json
 from difflib import get_close_matches
 from importlib.resources import files
 
-from lora_edu.tables import Table
-from lora_edu.course.page.tell import tell
+from lora_edu.tables import Table, printable
 
 VERDICTS = {True: "holds", False: "differs here", None: "undecided"}
 MARKS = {"holds": "✓", "differs here": "≠", "undecided": "?"}
@@ -44,7 +43,7 @@ def claim(sentence: str, holds: bool | None, expected: str = "holds", why: str |
     _rows[sentence] = (sentence, source or (f"the article, {article}" if article else "this course"), verdict)
     if verdict != expected:
         raise ClaimError(f"the notebook says {expected!r}, the measurement says {verdict!r}: {sentence}")
-    tell(f"{MARKS[verdict]} {verdict}: {sentence}" + (f" ({why})" if why else ""))
+    print(printable(f"{MARKS[verdict]} {verdict}: {sentence}" + (f" ({why})" if why else "")))
 
 
 def _truth(holds) -> bool | None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lora_edu.course.page.show import BLACK, ORANGE, new_figure, show
 
-from lora_edu.course.page.tell import tell
+from lora_edu.tables import printable
 
 _guesses: dict[str, "Guess"] = {}   # question -> its guess; a cell run twice replaces its own
 YOURS = dict(color=ORANGE, marker="D", markersize=9, linestyle="--", label="your guess")
@@ -32,7 +32,7 @@ def guess(value, question: str, unit: str = "", x=None, xlabel: str = "") -> "Gu
     """
     made = Guess(None if value is None else _numbers(value, "your guess", x), question, unit, x, xlabel)
     _guesses[question] = made
-    tell(f"no guess yet: {question}" if value is None else f"your guess: {_say(made.value, unit)}")
+    print(printable(f"no guess yet: {question}" if value is None else f"your guess: {_say(made.value, unit)}"))
     return made
 
 
@@ -40,11 +40,11 @@ def calibration() -> None:
     """Sum up the guesses of this notebook: how many were made, how far off, and in which direction."""
     scored = [each for each in _guesses.values() if each.factor is not None]
     if not scored:
-        tell(f"calibration: no guesses yet; this notebook asks for {len(_guesses)}")
+        print(printable(f"calibration: no guesses yet; this notebook asks for {len(_guesses)}"))
         return
     middle, low = median(each.factor for each in scored), sum(each.too_low for each in scored)
-    tell(f"calibration: {len(scored)} of {len(_guesses)} guessed; "
-          f"half of them within a factor of {_factor(middle)}; {low} too low")
+    print(printable(f"calibration: {len(scored)} of {len(_guesses)} guessed; half of them within a factor of "
+                    f"{_factor(middle)}; {low} too low"))
 
 
 class Guess:
@@ -58,13 +58,13 @@ class Guess:
     def reveal(self, truth) -> None:
         """Show the guess beside ``truth`` (a number, or one for each ``x``) and score it; without a guess, say so."""
         if self.value is None:
-            tell("no guess to compare: put yours in place of None above, and run both cells again")
+            print(printable("no guess to compare: put yours in place of None above, and run both cells again"))
             return
         truth = _numbers(truth, "the truth", self.x)
         self.factor = factor_off(self.value, truth)
         self.too_low = sum(_list(self.value)) < sum(_list(truth))
         show(self.draw(truth))
-        tell(f"your guess: {_say(self.value, self.unit)}; the truth: {_say(truth, self.unit)}")
+        print(printable(f"your guess: {_say(self.value, self.unit)}; the truth: {_say(truth, self.unit)}"))
 
     def draw(self, truth) -> Figure:
         """Guess and truth in one figure: two points on a line, or two curves over ``x``."""
