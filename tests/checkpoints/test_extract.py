@@ -259,6 +259,11 @@ def test_two_equal_models_have_nothing_to_extract(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_pair_without_a_linear_layer_is_told_so(tmp_path):
+    with pytest.raises(ValueError, match="no matrix of LSTM changed .*none is the weight of a linear layer"):
+        extract_lora(nn.LSTM(3, 4), nn.LSTM(3, 4), rank=1, out=tmp_path / "lora")
+
+
 def test_a_full_folder_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "mine").write_text("a file")
     for out in (tmp_path, tmp_path / "mine"):
