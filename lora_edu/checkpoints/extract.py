@@ -123,7 +123,7 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
     factors, kept, ranks = _factorize(pair, targets, rank, energy)
     change = pair.report()                  # reads the rest: what is broken there is found before anything is written
     if not kept:
-        why = "are the two sides the same?" if targets else "none is the weight of a linear layer, as far as names tell."
+        why = "are the two sides the same?" if targets else "none is a linear layer's weight, as far as names tell."
         raise ValueError(f"no matrix of {pair.base.source} changed that an adapter could carry, so there is nothing to "
                          f"extract: {why} {change.summary()}")
     usual = rank or max(ranks.values())

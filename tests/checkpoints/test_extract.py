@@ -260,7 +260,7 @@ def test_two_equal_models_have_nothing_to_extract(tmp_path):
 
 
 def test_a_pair_without_a_linear_layer_is_told_so(tmp_path):
-    with pytest.raises(ValueError, match="no matrix of LSTM changed .*none is the weight of a linear layer"):
+    with pytest.raises(ValueError, match="no matrix of LSTM changed .*none is a linear layer's weight"):
         extract_lora(nn.LSTM(3, 4), nn.LSTM(3, 4), rank=1, out=tmp_path / "lora")
 
 
