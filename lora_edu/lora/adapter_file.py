@@ -20,7 +20,7 @@ from lora_edu.lora.adapter_config import CONFIG, config_of, for_layer, read_conf
 from lora_edu.lora.factors import lora_layers, lora_state_dict, refuse_adapted, some_lora_layers
 from lora_edu.lora.fingerprint import differs, fingerprint
 from lora_edu.lora.inject import LoRAReport, all_or_nothing, check_layers, wrap_layers
-from lora_edu.lora.layer import features, is_linear, is_plain_conv
+from lora_edu.lora.layer import FLOATS, features, is_linear, is_plain_conv
 from lora_edu.lora.misfit import explain_misfit
 from lora_edu.lora.targets import ends_in, find_targets, plain_name, shorten, unwrap
 
@@ -57,6 +57,9 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     >>> sorted(file.name for file in Path(folder).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype={dtype!r} cannot hold an adapter: choose torch.float32, torch.bfloat16 or "
+                         "torch.float16.")
     model = unwrap(model)
     layers = {plain_name(name): layer for name, layer in some_lora_layers(model)}
     modules = [plain_name(name) for name, _ in model.named_modules() if ".base_layer" not in name]

@@ -219,6 +219,9 @@ def test_what_the_format_cannot_hold_is_refused_when_saving(tmp_path):
     with pytest.raises(ValueError, match="q_proj.base_layer has numbers that train beside the factors"):
         save_adapter(model, tmp_path / "a")
     model.requires_grad_(False)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "bf16", None):
+        with pytest.raises(ValueError, match="cannot hold an adapter"):
+            save_adapter(model, tmp_path / "a", dtype=dtype)
     for value, dtype in ((float("nan"), torch.float32), (1e6, torch.float16)):
         model.model["layers"][1].self_attn.q_proj.lora_B.data[0, 0] = value
         with pytest.raises(ValueError, match="layers.1.self_attn.q_proj.lora_B.weight hold numbers that are not"):
