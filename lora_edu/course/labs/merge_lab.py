@@ -77,6 +77,7 @@ def twin_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     twin = share_weights(model).cpu().float().eval()
     for _, layer in lora_layers(twin):
+        layer.merged_weight = None                          # the reader's model may be merged; the twin starts apart
         layer.weight.data = layer.weight.data.to(dtype)
     return twin
 
@@ -94,12 +95,15 @@ def _fold(layer: LoRALinear, strength: float) -> tuple[Rounding, np.ndarray]:
 
 def losses_at(twin: nn.Module, strength: float, batches: tuple[Batch, ...], merged: bool) -> tuple[float, ...]:
     """The mean loss on each batch, nats per token, at a strength of the adapter: merged (the values cast up to
-    float32), or apart.
+    float32), or apart. The twin is apart afterwards.
     """
     for _, layer in lora_layers(twin):
         layer.scaling = strength * layer.alpha / layer.rank
         layer.merged_weight = layer.folded_weight().float() if merged else None
-    return tuple(evaluate(twin, [batch]) for batch in batches)
+    losses = tuple(evaluate(twin, [batch]) for batch in batches)
+    for _, layer in lora_layers(twin):
+        layer.merged_weight = None
+    return losses
 
 
 def _in_words(found: Rounding, corner: np.ndarray, base: tuple, apart: tuple, merged: tuple) -> str:
