@@ -1,7 +1,7 @@
 """Which tests run, and what a skip means.
 
 `python dev.py test` runs every cell of every notebook once and one notebook in a browser. `--full` adds the tests
-marked `full`: every notebook and every lab in a browser, as continuous integration does. `--quick` leaves out
+marked `full`: notebooks and labs in a browser, every cell twice, as continuous integration does. `--quick` leaves out
 notebooks, browser and what is marked `slow`.
 
 Where everything is installed, a skipped test is a test that does not run: with CI=true a skip is a failure. Only tests

@@ -4,7 +4,7 @@
     python dev.py lab                   open JupyterLab on notebook 00      (--no-browser, --port N)
     python dev.py test [ARGS...]        run the tests; ARGS go to pytest    (python dev.py test -x -k rank)
     python dev.py test --quick          without notebooks and browser, for work in between
-    python dev.py test --full           every notebook and lab in a browser, too: what .ci/run calls
+    python dev.py test --full           every notebook and lab in a browser, cells twice: what .ci/run calls
     python dev.py notebooks [NAME...]   run notebooks and store their outputs
     python dev.py links [--repo O/N]    write the repository's address into all notebooks
     python dev.py colab [ARGS...]       run all notebooks on the package versions of a Colab runtime; ARGS go to pytest

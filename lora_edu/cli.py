@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *rest: tqdm.write(f"lora-edu: {message}", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")        # a terminal that knows no ‖ shows a ?
+                stream.reconfigure(errors="replace")        # in a name; tables have signs for it
         try:
             status = args.run(args)
             sys.stdout.flush()
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except KeyboardInterrupt:
-            print("lora-edu: stopped; nothing was written.", file=sys.stderr)
+            print("lora-edu: stopped; no file is half-written.", file=sys.stderr)
             return 130
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             print("lora-edu: " + " ".join(str(error).split()), file=sys.stderr)

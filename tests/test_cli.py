@@ -268,7 +268,7 @@ def test_ctrl_c_is_one_line(tuned, monkeypatch, capsys):
         raise KeyboardInterrupt
     monkeypatch.setattr(cli, "measure", stop)
     assert cli.main(["spectrum", "fable", str(tuned)]) == 130
-    assert capsys.readouterr().err.splitlines() == ["lora-edu: stopped; nothing was written."]
+    assert capsys.readouterr().err.splitlines() == ["lora-edu: stopped; no file is half-written."]
 
 
 def test_a_picture_of_many_matrices_has_no_jump_and_its_title_fits(tmp_path):

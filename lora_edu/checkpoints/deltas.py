@@ -148,7 +148,7 @@ class Deltas:
             tied = [said for said, side in (("base", self.base), ("tuned", self.tuned)) if name in side.tied]
             layer = self.base.layer(name) or self.tuned.layer(name)
             kind = f"tied in the {tied[0]} model only" if tied else kind_of(name, self.base.shapes[name], layer, conv1d)
-            kind = CONVOLUTION if kind == BARE and self.told(name) else kind
+            kind = CONVOLUTION if self.told(name) and kind == BARE else kind
             (self.matrices if kind in (*CARRIED, LOOSE, BARE) else self.set_aside)[name] = kind
         strange = [entry for entry in self.kinds if not any(ends_in(name.removesuffix(".weight"), entry)
                                                             for name in self.base.names)]

@@ -99,7 +99,7 @@ def open_side(source: nn.Module | str | Path) -> Side:
     path, said = locate(source), str(source)
     folder = path if path.is_dir() else path.parent
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{said} is a LoRA adapter and no model: load_adapter(model, …) it on its base, then "
+        raise ValueError(f"{said} is a LoRA adapter and no model: load it on its base with load_adapter, call "
                          "remove_lora(model, merge=True), and give that model.")
     if path.is_file():
         if path.suffix in PICKLED:

@@ -5,7 +5,6 @@ some wrong files with a warning or with none; here every tensor must have its pl
 
 Source: PEFT 0.21, developer guide "checkpoint format".
 """
-import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import nn
 
 from lora_edu.files import read_pickled, read_tensors, write_together
 from lora_edu.lora.adapter_config import CONFIG, config_of, for_layer, read_config
-from lora_edu.lora.factors import lora_layers, lora_state_dict, refuse_adapted, some_lora_layers
+from lora_edu.lora.factors import copy_all, lora_layers, lora_state_dict, refuse_adapted, some_lora_layers
 from lora_edu.lora.fingerprint import differs, fingerprint
 from lora_edu.lora.inject import LoRAReport, all_or_nothing, check_layers, wrap_layers
 from lora_edu.lora.layer import FLOATS, features, is_linear, is_plain_conv
@@ -171,10 +170,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     notes = [] if base else ["The file has no fingerprint of its base: whether this is the one, nobody checked."]
     above = [name for name, each in settings.items() if each["rank"] > min(features(linears[name]))]
     notes += [f"The rank is above the smaller side of {shorten(above, 3)}."] if above else []
-    with all_or_nothing(model), _put_back(heads):
+    with all_or_nothing(model):
         wrap_layers(model, {name: (linears[name], each | {"any_rank": True}) for name, each in settings.items()})
         factors = {f"{name}.weight": t for name, t in lora_state_dict(model).items()}
-        _copy(stored, factors | heads)
+        copy_all(stored, factors | heads)
     model.eval()
     left_out = [name for name, layer in linears.items() if name not in targets and is_linear(layer)]
     return LoRAReport.of(model, left_out, note=" ".join(notes))
@@ -229,20 +228,3 @@ def _modules_to_save(model: nn.Module, entries: list[str]) -> dict[str, torch.Te
         heads |= {f"{plain_name(name)}.{end}": t.detach() for name, module in modules.items()
                   for end, t in module.state_dict().items()}
     return heads
-
-
-@contextlib.contextmanager
-def _put_back(tensors: Mapping[str, torch.Tensor]):
-    """Whoever raises inside finds the values of these tensors as they were."""
-    before = {name: t.clone() for name, t in tensors.items()}
-    try:
-        yield
-    except BaseException:
-        _copy(before, tensors)
-        raise
-
-
-@torch.no_grad()
-def _copy(tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> None:
-    for name, place in places.items():
-        place.copy_(tensors[name].reshape(place.shape))

@@ -73,7 +73,6 @@ def lora_state_dict(model: nn.Module) -> dict:
             for name, layer in some_lora_layers(model) for factor in ("lora_A", "lora_B")}
 
 
-@torch.no_grad()
 def load_lora_state_dict(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy factors into a model that has LoRA: exactly those that `lora_state_dict` names, or nothing is changed.
 
@@ -97,10 +96,16 @@ def load_lora_state_dict(model: nn.Module, tensors: Mapping[str, torch.Tensor]) 
     wrong = misfit(tensors, places)
     if wrong:
         raise ValueError(f"these are not the factors of this model: {wrong}.")
+    copy_all(tensors, places)
+
+
+@torch.no_grad()
+def copy_all(tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> None:
+    """Every tensor into its place, which may be of another shape of the same size; stopped on the way, none."""
     before = {name: place.clone() for name, place in places.items()}
     try:
         for name, place in places.items():
-            place.copy_(tensors[name])
+            place.copy_(tensors[name].reshape(place.shape))
     except BaseException:
         for name, place in places.items():
             place.copy_(before[name])

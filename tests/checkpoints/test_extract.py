@@ -215,7 +215,8 @@ def test_a_convolution_in_a_bare_file_is_left_out_and_counted(conv, tmp_path):
     assert set(told.shapes) == {"plain", "fc"}
     assert set(extract_lora(base, tuned, rank=2, out=tmp_path / "models").shapes) == {"plain", "fc"}
     load_adapter(base, tmp_path / "told")
-    for kinds, message in (({"plain": "conv1d"}, "has 4 axes"), ({"plan": "conv2d"}, "no tensor is called 'plan'")):
+    for kinds, message in (({"plain": "conv1d"}, "has 4 axes"), ({"fc": "conv2d"}, "fc.weight has 2 axes"),
+                           ({"plan": "conv2d"}, "no tensor is called 'plan'")):
         with pytest.raises(ValueError, match=message):
             extract_lora(*sides, rank=2, out=tmp_path / "new", kinds=kinds)
 
