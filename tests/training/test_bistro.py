@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_edu.training import bistro
 from lora_edu.training.bistro import SLOTS, slot_accuracy, slots_said
-from lora_edu.training.pretrain import train_tokenizer
+from lora_edu.course.records.pretrain import train_tokenizer
 
 FULL = {"name": "The Red Fox", "food": "Greek", "price": "cheap", "area": "river", "rating": "five", "family": "no"}
 SAID = {"name": "The Red Fox", "food": "serves Greek food", "price": "has low prices", "area": "is by the river",

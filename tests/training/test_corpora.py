@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_edu.training import corpora
 from lora_edu.training.corpora import packed_batches, python_docs, tokenize, windows
-from lora_edu.training.pretrain import train_tokenizer
+from lora_edu.course.records.pretrain import train_tokenizer
 
 TALE = "Once upon a time there was a king, and the king had a daughter.\n\nShe lived in the castle by the river.\n" * 20
 

@@ -8,7 +8,7 @@ import torch
 
 from lora_edu import load_pretrained
 from lora_edu.models.llama import LlamaConfig
-from lora_edu.training import pretrain
+from lora_edu.course.records import pretrain
 from lora_edu.training.corpora import END
 
 CONFIG = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

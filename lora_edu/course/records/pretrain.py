@@ -1,7 +1,7 @@
 """How fable was made: a tokenizer and a small `Llama`, trained from nothing on plain text.
 
-    python -m lora_edu.training.pretrain --text tales.txt.gz=0.5 novels.txt.gz=0.5 --valid tales_valid.txt.gz --out
-    FOLDER
+    python -m lora_edu.course.records.pretrain --text tales.txt.gz=0.5 novels.txt.gz=0.5 --valid tales_valid.txt.gz
+        --out FOLDER
 
 Texts are UTF-8 (.gz or not) with documents separated by a line <|endoftext|>; `=0.5` is the share of the batches that a
 text fills, whatever its size. What is read when is fixed by the seed alone, so a run that was interrupted (Ctrl-C, a
@@ -168,7 +168,7 @@ def text_and_share(argument: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lora_edu.training.pretrain",
+    parser = argparse.ArgumentParser(prog="python -m lora_edu.course.records.pretrain",
                                      description="Train a small Llama on plain text.")
     parser.add_argument("--text", nargs="+", required=True, type=text_and_share, metavar="FILE[=SHARE]")
     parser.add_argument("--valid", required=True, metavar="FILE", help="held-out text, never trained on")
