@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from lora_edu.lora.factors import layers_without_gradient
 from lora_edu.lora.targets import shorten
 from lora_edu.numbers import real, whole
+from lora_edu.training.compiled import compiled
+from lora_edu.training.loss_scale import LossScale
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,7 +31,7 @@ class Diverged(ValueError):
 @dataclass(frozen=True)
 class Step:
     """What one optimizer step did: `step` counts from 1; `loss` (nats per token) is that of the batch before the
-    update.
+    update; `skipped`: the gradient overflowed in float16, and no weight moved.
     """
 
     step: int
@@ -37,6 +39,7 @@ class Step:
     lr: float
     grad_norm: float
     tokens_per_second: float
+    skipped: bool = False
 
 
 def constant(step: int, steps: int) -> float:
@@ -130,9 +133,15 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> float:
 
 
 def sixteen_bits(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware multiplies it faster than float32, else None."""
+    """The 16-bit type that the hardware itself multiplies faster than float32, else None.
+
+    bfloat16 on a GPU of compute capability 8.0 (A100, L4) or more, float16 on 7.0 and 7.5 (V100, and the T4 that Colab
+    lends, where bfloat16 is emulated); bfloat16 on a CPU with AVX512-BF16.
+    """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device)[0] >= 7 else None
     has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)     # absent before torch 2.6: float32 then
     return torch.bfloat16 if device.type == "cpu" and has() else None
 
@@ -151,7 +160,7 @@ def adamw(model: nn.Module, weight_decay: float = 0.0, betas: tuple[float, float
 def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
           schedule: Callable[[int, int], float] = warmup_linear(), optimizer: torch.optim.Optimizer | None = None,
           max_grad_norm: float | None = 1.0, autocast: torch.dtype | None = None,
-          first_step: int = 0) -> Iterator[Step]:
+          first_step: int = 0, compile: bool = False) -> Iterator[Step]:
     """Train what is trainable, in place, and yield a `Step` after each optimizer step.
 
     Stop whenever you like: what has been learned stays in the model, and its mode (train or eval) is put back.
@@ -161,8 +170,11 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
         lr: the highest learning rate; `schedule(step, steps)` multiplies it.
         optimizer: by default `adamw(model)`: no weight decay, betas (0.9, 0.999).
         max_grad_norm: gradients are scaled down to this norm where theirs is larger; None leaves them.
-        autocast: torch.bfloat16 computes matrix products in 16 bits on a device that can; weights keep their dtype.
+        autocast: torch.bfloat16 or torch.float16 computes matrix products in 16 bits on a device that can
+            (`sixteen_bits`); weights keep their dtype. In float16 the loss is scaled, and a step that overflows is
+            skipped.
         first_step: go on from here (with the optimizer of the earlier part, and its batches left out).
+        compile: through torch.compile, rows padded to a multiple of 16 tokens. The first steps take half a minute.
 
     Raises:
         ValueError: nothing trains (all is frozen, the optimizer holds other parameters, no target counts, the first
@@ -187,6 +199,7 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
     device, lr, steps = trained[0].device, real(lr), whole(steps)
     few = sum(p.numel() for p in trained) * 10 < sum(p.numel() for p in model.parameters())
     last = [p.detach().clone() for p in trained] if few else None
+    loss_of, scale, moved = compiled(loss_on) if compile else loss_on, LossScale(1, autocast), False
     batches = iter(batches)
     with mode(model, training=True):
         for step in range(first_step, steps):
@@ -199,13 +212,18 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
             for group in optimizer.param_groups:
                 group["lr"] = now
             with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = loss_on(model, batch)
+                loss = loss_of(model, batch)
             optimizer.zero_grad(set_to_none=True)
-            backward(loss, batch, step)
+            backward(loss * scale.scales[0], batch, step)
+            scale.unscale(0, trained)
             norm = nn.utils.clip_grad_norm_(trained, max_grad_norm if max_grad_norm is not None else float("inf"))
-            check_step(model, trained, last, step, loss.item(), norm.item(), first=step == first_step)
-            optimizer.step()
-            yield Step(step + 1, loss.item(), now, norm.item(), batch[0].numel() / (time.perf_counter() - began))
+            skipped = scale.skips(0, loss.item(), norm.item())
+            if not skipped:
+                check_step(model, trained, last, step, loss.item(), norm.item(), first=not moved)
+                optimizer.step()
+                moved = True
+            yield Step(step + 1, loss.item(), now, norm.item(), batch[0].numel() / (time.perf_counter() - began),
+                       skipped)
 
 
 def check_training(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, lr: float) -> list[nn.Parameter]:
@@ -267,7 +285,8 @@ def check_step(model: nn.Module, trained: list[nn.Parameter], last: list[torch.T
 
 
 def fit(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, **how) -> list[Step]:
-    """`train` behind a progress bar. The stop button (KeyboardInterrupt) ends it and keeps what was learned.
+    """`train` behind a progress bar. The stop button (KeyboardInterrupt) ends it and keeps what was learned. Steps that
+    overflowed in float16 are counted in one line.
 
     Takes and raises what `train` does, and returns its steps; losses are nats per token.
 
@@ -288,4 +307,6 @@ def fit(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, **how
                 bar.set_postfix_str(f"loss {step.loss:.3f}", refresh=False)
         except KeyboardInterrupt:
             print(f"Stopped after {len(done)} of {steps} steps; the model keeps what it has learned.")
+    if skipped := sum(step.skipped for step in done):
+        print(f"{skipped} of {len(done)} steps overflowed in float16 and were skipped.")
     return done

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lora_edu.lora.stack import LoRAStack
 from lora_edu.training.loop import Batch, loss_on, mode, warmup_linear
+from lora_edu.training.loss_scale import LossScale
 
 ROWS = 8      # of a held-out batch that every adapter reads at a time: as much as training takes, or less
 
@@ -21,11 +22,12 @@ ROWS = 8      # of a held-out batch that every adapter reads at a time: as much 
 @dataclass(frozen=True)
 class StackStep:
     """What one step of a stack did: the loss of each adapter's rows before its update (nats per token; nan once it
-    has diverged).
+    has diverged), and how many steps of each have overflowed in float16 so far, and were skipped.
     """
 
     step: int
     losses: list[float]
+    skipped: list[int]
 
 
 def group_losses(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +63,8 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
     make of it alone.
 
     An adapter whose loss or gradient is no longer finite has diverged: it goes back to its start, its losses are nan
-    from then on, and its neighbours go on untouched.
+    from then on, and its neighbours go on untouched. (In float16 each has its own loss scale, and a gradient that
+    overflows skips a step.)
 
     Args:
         batches: (inputs, targets), each with a group of rows for every adapter, as many rows each; see `side_by_side`.
@@ -78,7 +81,7 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
     # fused: one call for an adapter; a loop over its tensors is slower
     optimizer = torch.optim.AdamW([{"params": group, "lr": 0.0} for group in parameters], weight_decay=0.0,
                                   fused=device.type in ("cpu", "cuda"))
-    batches = iter(batches)
+    batches, scale = iter(batches), LossScale(len(stack), autocast)
     with contextlib.ExitStack() as afterwards:
         afterwards.enter_context(mode(model, training=True))
         afterwards.callback(stack.zero_grad)
@@ -91,18 +94,19 @@ def train_stack(stack: LoRAStack, batches: Iterable[Batch], steps: int, *,
             _refuse_uncounted(counts, step)
             losses = sums / counts
             stack.zero_grad()
-            losses.sum().backward()
+            (losses * torch.tensor(scale.scales).to(losses)).sum().backward()
             norms = []
             for i, group in enumerate(parameters):
                 stack.share_gradients(i, group)
+                scale.unscale(i, group)
                 norms.append(nn.utils.clip_grad_norm_(group, math.inf if max_grad_norm is None else max_grad_norm))
                 optimizer.param_groups[i]["lr"] = stack.adapters[i].lr * schedule(step, steps)
+            said, norms = losses.tolist(), torch.stack(norms).tolist()
             if not step:
                 _refuse_unmoved(norms)
-            finite = (losses + torch.stack(norms)).isfinite().tolist()
-            _leave_out_diverged(stack, parameters, alive, finite)
+            _leave_out(stack, parameters, alive, said, norms, scale)
             optimizer.step()
-            yield StackStep(step + 1, [loss if ok else math.nan for loss, ok in zip(losses.tolist(), alive)])
+            yield StackStep(step + 1, [loss if ok else math.nan for loss, ok in zip(said, alive)], list(scale.skipped))
 
 
 def _refuse_narrow(stack: LoRAStack) -> None:
@@ -117,19 +121,23 @@ def _refuse_uncounted(counts: torch.Tensor, step: int) -> None:
                          "targets are -100: look at how the prompt is masked and where the text is cut.")
 
 
-def _refuse_unmoved(norms: list[torch.Tensor]) -> None:
+def _refuse_unmoved(norms: list[float]) -> None:
     if not all(norms):
         raise ValueError(f"adapter {[bool(norm) for norm in norms].index(False)}'s first gradient is exactly zero, so "
                          "nothing of it would move: is its alpha 0?")
 
 
-def _leave_out_diverged(stack: LoRAStack, parameters: list, alive: list[bool], finite: list[bool]) -> None:
-    """Who has just diverged goes back to its start; who has diverged gets no step. `alive` is brought up to date."""
+def _leave_out(stack: LoRAStack, parameters: list, alive: list[bool], losses: list[float], norms: list[float],
+               scale: LossScale) -> None:
+    """Who has overflowed in float16 gets no step this time; who has just diverged goes back to its start and gets none
+    any more. `alive` is brought up to date.
+    """
     for i, group in enumerate(parameters):
-        if alive[i] and not finite[i]:
+        skipped = alive[i] and scale.skips(i, losses[i], norms[i])
+        if alive[i] and not skipped and not math.isfinite(losses[i] + norms[i]):
             alive[i] = False
             stack.reset(i)
-        if not alive[i]:
+        if skipped or not alive[i]:
             for parameter in group:
                 parameter.grad = None
 
@@ -144,7 +152,8 @@ def evaluate_stack(stack: LoRAStack, batches: Iterable[Batch]) -> list[float]:
         for inputs, targets in ((i, t) for batch in batches for i, t in zip(*(part.split(ROWS) for part in batch))):
             sums, counts = group_losses(stack.model, (inputs.repeat(len(stack), 1), targets.repeat(len(stack), 1)),
                                         len(stack))
-            total, count = total.to(sums.device) + sums.double(), count.to(counts.device) + counts
+            # on the CPU: Apple's GPUs have no float64
+            total, count = total + sums.cpu().double(), count + counts.cpu()
     if not count.all():
         raise ValueError("no held-out token counts: give at least one batch whose targets are not all -100.")
     return (total / count).tolist()

@@ -68,6 +68,7 @@ class LiveRun:
             step.
         samples: (step, text) at every 25th and at the last step.
         sigma: singular values of scaling * B A of the matrix `watched`, largest first, after the steps done.
+        skipped: how many of the steps done overflowed in float16 and moved nothing.
         slots: share of the slots right at the end, or None. diverged: the step whose loss was not a finite number, or
             None.
         report: what `apply_lora` said: trainable numbers, bytes.
@@ -80,7 +81,7 @@ class LiveRun:
     def __init__(self, base: nn.Module, adapter: LoRASettings, lesson: Lesson, steps: int = 100):
         if steps < 1:
             raise ValueError(f"steps={steps}: a run needs at least 1 step.")
-        self.lesson, self.steps, self.done, self.complete = lesson, steps, 0, False
+        self.lesson, self.steps, self.done, self.skipped, self.complete = lesson, steps, 0, 0, False
         self.losses: list[float] = []
         self.points: list[Point] = []
         self.samples: list[tuple[int, str]] = []
@@ -139,7 +140,7 @@ class LiveRun:
             self.losses.append(step.loss)
             self.points += found
             self.samples += sample
-            self.sigma, self.done = sigma, step.step
+            self.sigma, self.done, self.skipped = sigma, step.step, self.skipped + step.skipped
             yield
         if not self.complete:
             yield from self._exam()

@@ -44,6 +44,8 @@ def _measured(run: LiveRun) -> list[str]:
              f"{last.heldout:.3f} (before {first.heldout:.3f}), tales {last.tales:.3f} (before {first.tales:.3f})",
              f"singular values of scaling · BA in {run.watched}: " + ", ".join(sigma[:8])
              + (f", … {sigma[-1]}" if len(sigma) > 8 else "")]
+    if run.skipped:
+        lines.append(f"{run.skipped} steps overflowed in float16 and were skipped")
     if run.samples:
         lines.append(f"{run.lesson.prompt.rstrip('=>').strip()} → “{run.samples[-1][1]}” (written at step "
                      f"{run.samples[-1][0]})")

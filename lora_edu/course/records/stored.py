@@ -187,14 +187,23 @@ def better(differences: list[float], margin: float = 0.02) -> bool | None:
     return False if tie(differences, margin) or min(differences) > 0 else None
 
 
+def hardware(device: torch.device) -> str:
+    """What a record was made on: a GPU by its name and capability ("Tesla T4 (compute capability 7.5)"), for "cuda"
+    says nothing about what it can; else the device and the machine.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    return f"{device} ({platform.machine()})"
+
+
 def store_record(name: str, content: dict, began: float, options: str = "",
                  products: torch.dtype | None = None) -> None:
     """Write a record with where, when and with what it was made; `products`: the matrix products' dtype, if not
     `sixteen_bits`.
     """
     device = best_device()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device} ({platform.machine()})"
-    made = {"date": time.strftime("%Y-%m-%d"), "device": where,
+    made = {"date": time.strftime("%Y-%m-%d"), "device": hardware(device),
             "threads": torch.get_num_threads(), "minutes": round((time.time() - began) / 60, 1),
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_edu.course.labs import live_run
+from lora_edu.course.labs import live_run, trainer_picture
 from lora_edu.course.labs.live_run import Lesson, LiveRun, Point, middle, singular_values
 from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.inject import apply_lora
@@ -15,6 +15,7 @@ from lora_edu.lora.settings import LoRASettings
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro, corpora
 from lora_edu.training.loop import evaluate, train
+from lora_edu.training.loss_scale import LossScale
 from tests.lora.tiny import our_llama
 
 pytestmark = pytest.mark.slow
@@ -175,6 +176,16 @@ def test_an_absurd_rate_ends_the_run_in_a_step_that_is_named(base, lesson):
     assert run.complete and run.diverged == run.done + 1 <= STEPS and run.slots is None
     assert all(map(math.isfinite, (*run.losses, *run.sigma, *(p.heldout for p in run.points))))
     assert run.advance(seconds=math.inf) == run.done
+
+
+def test_a_gpu_without_bfloat16_trains_in_float16_and_counts_the_steps_it_skipped(base, lesson, monkeypatch):
+    """The arithmetic is a CPU's; the first two scales are too large for it."""
+    monkeypatch.setattr(live_run, "train", lambda *args, **how: train(*args, **how | {"autocast": torch.float16}))
+    monkeypatch.setattr(LossScale, "first", 2.0**40)
+    run = LiveRun(base, ADAPTER, lesson, STEPS)
+    run.advance(12, seconds=math.inf)
+    assert run.done == 12 and 0 < run.skipped <= 12 and run.diverged is None
+    assert f"{run.skipped} steps overflowed in float16 and were skipped" in trainer_picture._measured(run)
 
 
 def test_a_slice_ends_near_its_time(base, lesson, monkeypatch):

@@ -3,8 +3,9 @@ import json
 import statistics
 
 import pytest
+import torch
 
-from lora_edu.course.records.stored import RECORDS, Record, Runs, better, load_record, tie
+from lora_edu.course.records.stored import RECORDS, Record, Runs, better, hardware, load_record, tie
 
 NAMES = sorted(path.stem for path in RECORDS.glob("*.json"))
 
@@ -92,3 +93,10 @@ def test_times_are_ratios_to_the_base():
     assert (ratio.value, ratio.low, ratio.high) == tuple(row["prefill"]["LoRA"][key] for key in
                                                          ("ratio", "ratio_low", "ratio_high"))
     assert "base" not in record.times("135M", "decode")["1×16"]
+
+
+def test_hardware_is_named_by_what_it_can(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert hardware(torch.device("cuda")) == "Tesla T4 (compute capability 7.5)"
+    assert hardware(torch.device("cpu")).startswith("cpu (")
