@@ -167,7 +167,7 @@ def _factorize(pair: Deltas, targets: list[str], rank: int | None, energy: float
         module, delta = name.removesuffix(".weight"), pair.delta(name).delta
         if pair.measured[name].squared:
             U, S, Vh = best_part(delta, rank) if rank else _enough(delta, energy)
-            kept[module], ranks[module] = S.double().square().sum().item(), len(S)
+            kept[module], ranks[module] = S.cpu().double().square().sum().item(), len(S)
             kernel = pair.base.shapes[name][2:]                 # () for a linear layer
             A, B = (S.sqrt()[:, None] * Vh).float().cpu(), (U * S.sqrt()).float().cpu()
             factors[f"{module}.lora_A.weight"] = A.reshape(len(A), A.shape[1] // math.prod(kernel), *kernel)
@@ -179,7 +179,7 @@ def _factorize(pair: Deltas, targets: list[str], rank: int | None, energy: float
 def _enough(delta: torch.Tensor, energy: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As few singular triplets as keep this share of the squared change."""
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-    kept = S.double().square().cumsum(0)
+    kept = S.cpu().double().square().cumsum(0)              # Apple's GPUs have no float64
     rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1     # the last sum may be a rounding error short
     return U[:, :rank].clone(), S[:rank].clone(), Vh[:rank].clone()
 

@@ -36,10 +36,10 @@ class Rounding(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, weight: torch.Tensor, delta: torch.Tensor, folded: torch.Tensor) -> "Rounding":
-        """Compare what was asked, `delta`, with what arrived, `folded - weight`; in float64 (float32 on MPS, which
-        has none wider).
+        """Compare what was asked, `delta`, with what arrived, `folded - weight`; in float64 (float32 where there may be
+        none, as on MPS).
         """
-        wide = torch.float32 if weight.device.type == "mps" else torch.float64
+        wide = torch.float64 if weight.device.type in ("cpu", "cuda") else torch.float32
         arrived = folded.to(wide, copy=True).sub_(weight)
         asked, lost = torch.count_nonzero(delta), torch.count_nonzero(delta[arrived == 0])
         weight, delta, off = (torch.linalg.vector_norm(t, dtype=wide) for t in (weight, delta, arrived.sub_(delta)))

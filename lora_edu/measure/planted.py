@@ -56,7 +56,8 @@ def divergences(model: nn.Module, batch: Batch, groups: int) -> tuple[torch.Tens
     Takes (ids, the teacher's log-probabilities); a `losses_of` for `train_stack`. 0 is a perfect student.
     """
     ids, wanted = batch
-    each = F.kl_div(F.log_softmax(model(ids), -1), wanted, reduction="none", log_target=True).sum(-1)
+    said = F.log_softmax(model(ids), -1)
+    each = F.kl_div(said, wanted.to(said.device), reduction="none", log_target=True).sum(-1)
     return each.view(groups, -1).sum(1), torch.full((groups,), each.numel() // groups, device=each.device)
 
 
@@ -69,5 +70,5 @@ def heldout_divergence(model: nn.Module, teachers: list[nn.Module], ids: torch.T
         for rows in ids.split(8):
             answers = torch.cat([told(teacher, rows).repeat(students, 1, 1) for teacher in teachers])
             sums, _ = divergences(model, (rows.repeat(len(teachers) * students, 1), answers), len(teachers) * students)
-            total = total + sums.double()
+            total = total + sums.cpu().double()
     return (total / ids.numel()).tolist()

@@ -161,7 +161,7 @@ class Factors:
 
     def energy_kept(self, rank: int) -> float:
         """Share of the squared change of all matrices together that their best rank-`rank` parts keep, no unit."""
-        squares = [S.double().square() for _, _, S, _ in self.parts.values()]
+        squares = [S.cpu().double().square() for _, _, S, _ in self.parts.values()]
         return (sum(s[:rank].sum() for s in squares) / sum(s.sum() for s in squares)).item()
 
 

@@ -187,7 +187,9 @@ class Llama(nn.Module):
         limit = self.config.max_position_embeddings
         if past + ids.shape[1] > limit:
             raise ValueError(f"{past + ids.shape[1]} tokens do not fit a context of {limit}: shorten the text.")
-        x = self.model["embed_tokens"](ids)                                                  # (B, T, C)
+        embed_tokens = self.model["embed_tokens"]
+        ids = ids.to(embed_tokens.weight.device)                     # a tokenizer's ids come from the CPU
+        x = embed_tokens(ids)                                        # (B, T, C)
         cos, sin = (t.to(x.dtype) for t in rotary_angles(self.config, past, ids.shape[1], ids.device))
         for layer in self.model["layers"]:
             x = layer(x, cos, sin, cache)

@@ -48,6 +48,7 @@ def stream(self, ids: torch.Tensor, max_new_tokens: int = 100, temperature: floa
         stop_token: a row that has said it goes on saying it.
         use_cache: False reads the whole text again at every step; slower, the same tokens.
     """
+    ids = ids.to(next(self.parameters()).device)
     self = reader(self)
     check(self, ids, max_new_tokens, temperature, top_k)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
@@ -72,4 +73,4 @@ def stream(self, ids: torch.Tensor, max_new_tokens: int = 100, temperature: floa
 def generate(self, ids: torch.Tensor, max_new_tokens: int = 100, **how) -> torch.Tensor:
     """Prompt and new tokens together, (B, T + new); `how` is what `stream` takes. Use the model in eval mode."""
     new = list(stream(self, ids, max_new_tokens, **how))
-    return torch.cat([ids, torch.stack(new, dim=1)], dim=1) if new else ids
+    return torch.cat([ids.to(new[0].device), torch.stack(new, dim=1)], dim=1) if new else ids

@@ -119,7 +119,7 @@ def apply_prompt(model: Llama, ids: torch.Tensor) -> int:
     _check_ids(model, ids, "prompt")
     embedding = model.get_submodule("model.embed_tokens")
     model.requires_grad_(False)
-    model.prompt = Prompt(embedding(ids)[0]).train(model.training)
+    model.prompt = Prompt(embedding(ids.to(embedding.weight.device))[0]).train(model.training)
     model.register_forward_pre_hook(model.prompt.lengthen, with_kwargs=True)
     embedding.register_forward_hook(model.prompt.speak)
     model.register_forward_hook(model.prompt.cut)
