@@ -7,12 +7,14 @@
     python dev.py test --full           every notebook and lab in a browser, cells twice: what .ci/run calls
     python dev.py notebooks [NAME...]   run notebooks and store their outputs
     python dev.py links [--repo O/N]    write the repository's address into all notebooks
-    python dev.py colab [ARGS...]       run all notebooks on the package versions of a Colab runtime; ARGS go to pytest
+    python dev.py bundle                the course in two files, for Colab without a repository
+    python dev.py colab [ARGS...]       unpack the bundle elsewhere and run all notebooks on the package versions of a
+                                        Colab runtime; ARGS go to pytest   (--torch N: another torch, all else Colab's)
 
 Needs Python 3.11 to 3.13 and nothing else. The first call makes .venv here and installs into it what pyproject.toml and
 constraints.txt say; later calls install again only when one of the two has changed. Which build of PyTorch you get is
-up to the package index: set PIP_EXTRA_INDEX_URL, PIP_INDEX_URL or PIP_FIND_LINKS as pip documents them. `colab` does
-the same in .venv-colab with colab-constraints.txt.
+up to the package index: set PIP_EXTRA_INDEX_URL, PIP_INDEX_URL or PIP_FIND_LINKS as pip documents them. `colab` makes
+.venv-colab, with what colab-constraints.txt lists and without this package: the notebooks install it themselves.
 
 Run on Linux. Written for macOS and Windows too, but not run there.
 """
@@ -26,13 +28,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENV, CONSTRAINTS, EXTRAS = HERE / ".venv", "constraints.txt", ".[lab,hub,test,browser]"
+TORCH = None      # another torch than CONSTRAINTS names
+COLAB_TOOLS = ["nbval==0.11.0", "pytest-xdist>=3.7", "setuptools>=77"]     # to compare notebooks, to build the wheel
 FIRST = "00_start_here.ipynb"
 
 
@@ -49,10 +55,16 @@ def fail(text):
 # beside .venv; a note that is still there belongs to an install that was stopped, and pip does not notice a package
 # that was copied only halfway. So that .venv is made again. What is said here of .venv holds for .venv-colab, too.
 
-def use_colab():
-    """From here on, this process is about the Colab stack: no JupyterLab and no browser there, only the notebooks."""
-    global ENV, CONSTRAINTS, EXTRAS
-    ENV, CONSTRAINTS, EXTRAS = HERE / ".venv-colab", "colab-constraints.txt", ".[hub,test]"
+def use_colab(torch=None):
+    """From here on, this process is about the Colab stack: what Colab has, and not this package."""
+    global ENV, CONSTRAINTS, EXTRAS, TORCH
+    ENV, CONSTRAINTS, EXTRAS, TORCH = HERE / ".venv-colab", "colab-constraints.txt", None, torch
+
+
+def pins():
+    """The text of the constraints file, with the torch that was asked for."""
+    text = (HERE / CONSTRAINTS).read_text(encoding="utf-8")
+    return re.sub(r"^torch==\S+", f"torch=={TORCH}", text, flags=re.MULTILINE) if TORCH else text
 
 
 def env_bin():
@@ -73,7 +85,7 @@ def unfinished_note():
 
 def wanted():
     """What a trusted .venv was made for: this Python, this folder (its scripts hold the path), these two files."""
-    files = b"\0".join((HERE / name).read_bytes() for name in ("pyproject.toml", CONSTRAINTS))
+    files = b"\0".join([(HERE / "pyproject.toml").read_bytes(), pins().encode()])
     return {"python": "{}.{}".format(*sys.version_info), "folder": str(HERE),
             "files": hashlib.sha256(files).hexdigest()}
 
@@ -152,7 +164,11 @@ def make_env():
 
 
 def install_packages():
-    if run([str(env_python()), "-m", "pip", "install", "--disable-pip-version-check", "-c", CONSTRAINTS, "-e", EXTRAS]):
+    what = ["-c", CONSTRAINTS, "-e", EXTRAS]
+    if EXTRAS is None:                          # what Colab has, and no package of ours
+        write_whole(ENV / "requirements.txt", pins())
+        what = ["-r", str(ENV / "requirements.txt"), *COLAB_TOOLS]
+    if run([str(env_python()), "-m", "pip", "install", "--disable-pip-version-check", *what]):
         fail(f"the install did not finish (pip's message is above), and {ENV.name} will not be used. Usual causes: no "
              "network, less than 2 GB free (6 GB for a CUDA build), no packages for this Python. Then give the same "
              "command again.")
@@ -168,7 +184,7 @@ def check_torch():
     version, cuda, hip = json.loads(answer.stdout.splitlines()[-1])
     build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU"
     say(f"torch {version}, the {build} build, on Python {usable_version(env_python())}.")
-    pin = re.search(r"^torch==(\S+)", (HERE / CONSTRAINTS).read_text(encoding="utf-8"), re.MULTILINE)[1]
+    pin = re.search(r"^torch==(\S+)", pins(), re.MULTILINE)[1]
     if version.split("+")[0] != pin:
         fail(f"{CONSTRAINTS} asks for torch {pin}, and pip installed {version}: look for PIP_CONSTRAINT or an index "
              "with only other versions in pip's settings.")
@@ -212,8 +228,8 @@ def wait_for(process):
             process.terminate()
 
 
-def run(command, env=None):
-    return wait_for(subprocess.Popen(command, cwd=HERE, env=env))
+def run(command, env=None, folder=None):
+    return wait_for(subprocess.Popen(command, cwd=folder or HERE, env=env))
 
 
 def test(more):
@@ -232,16 +248,41 @@ def test(more):
     workers = max(1, min(os.cpu_count() or 1, 4))
     # a notebook's cells stay together, and the files keep the order of conftest.py
     command += ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
-    return run(command, child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1"))
+    status = run(command, child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1"))
+    if status or "--full" not in more:
+        return status
+    torch = re.search(r"^torch==(\S+)", pins(), re.MULTILINE)[1]
+    return colab(["--torch", torch])            # Colab's own torch has no CPU build everywhere; the workflow takes it
+
+
+def bundle(out):
+    """The wheel and the zip of notebooks, built in the environment that is set up."""
+    return run([str(env_python()), str(HERE / "tools" / "bundle.py"), str(out)], child_env())
 
 
 def colab(more):
-    """All notebooks against their stored outputs on what a Colab runtime has, or those whose paths are given."""
-    use_colab()
+    """The bundle, unpacked in an empty folder, on what a Colab runtime has: a notebook's setup cell installs the wheel,
+    with a pip that has no index, so that nothing else comes along. Then every cell against its stored output.
+    """
+    torch = more[1] if more[:1] == ["--torch"] and len(more) > 1 else None
+    use_colab(torch)
     set_up()
-    command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600",
-               "--override-ini=testpaths=notebooks", *more]
-    return run(command, child_env(LORA_EDU_DEVICE="cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder).resolve()
+        pip = [str(env_python()), "-m", "pip", "--disable-pip-version-check"]
+        if bundle(folder) or run([*pip, "uninstall", "--quiet", "--yes", "lora-edu"]):
+            return 1
+        with zipfile.ZipFile(next(folder.glob("*.zip"))) as zipped:
+            zipped.extractall(folder)
+        books = sorted(str(path) for path in folder.glob("notebooks/*.ipynb"))
+        command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600",
+                   "--rootdir", str(folder), "-p", "no:cacheprovider"]
+        env = child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1", PIP_NO_INDEX="1")
+        env = {key: value for key, value in env.items() if key not in ("PYTHONPATH", "LORA_EDU_SOURCE")}
+        workers = ["-n", str(max(1, min(os.cpu_count() or 1, 4))), "--dist", "loadfile"]
+        more = more[2:] if torch else more
+        return (run([*command, books[1], *more], env, folder)       # alone: two pips at a time would meet
+                or run([*command, *workers, books[0], *books[2:], *more], env, folder))
 
 
 def notebooks(names):
@@ -299,7 +340,7 @@ def lab(port=None, browser=True):
 def parser():
     top = argparse.ArgumentParser(prog="dev.py", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", metavar="lab | test | notebooks | links | colab")
+    verbs = top.add_subparsers(dest="verb", metavar="lab | test | notebooks | links | bundle | colab")
     verb = verbs.add_parser("lab", help="open JupyterLab on notebook 00")
     verb.add_argument("--no-browser", action="store_true", help="only print the address")
     verb.add_argument("--port", type=int, help="default: the first free one from 8888 on")
@@ -308,6 +349,7 @@ def parser():
     verb.add_argument("names", nargs="*", metavar="NAME", help="such as 01, or a path; default: all")
     verb = verbs.add_parser("links", help="write the links line and the setup cell of every notebook")
     verb.add_argument("--repo", metavar="OWNER/NAME", help="set the repository's address on GitHub first")
+    verbs.add_parser("bundle", help="write the library's wheel and a zip of the notebooks into dist/")
     verbs.add_parser("colab", help="run all notebooks on Colab's package versions; further arguments go to pytest")
     return top
 
@@ -325,6 +367,9 @@ def main(argv):
         return colab(more)
     if args.verb == "notebooks":
         return notebooks(args.names)
+    if args.verb == "bundle":
+        set_up()
+        return bundle(HERE / "dist")
     if args.verb == "links":
         from tools import links  # here, because it needs Python 3.11, which is checked below
         try:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,8 +35,9 @@ def course(tmp_path, monkeypatch):
         return 1 if fake.failing and fake.failing in command else 0
 
     monkeypatch.setattr(dev, "HERE", tmp_path)
-    for name, value in (("ENV", tmp_path / ".venv"), ("CONSTRAINTS", dev.CONSTRAINTS), ("EXTRAS", dev.EXTRAS)):
-        monkeypatch.setattr(dev, name, value)   # use_colab() changes them: all three are put back after each test
+    for name, value in (("ENV", tmp_path / ".venv"), ("CONSTRAINTS", dev.CONSTRAINTS), ("EXTRAS", dev.EXTRAS),
+                        ("TORCH", None)):
+        monkeypatch.setattr(dev, name, value)   # use_colab() changes them: all are put back after each test
     monkeypatch.setattr(dev, "run", run)
     monkeypatch.setattr(dev, "check_torch", lambda: None)
     monkeypatch.setattr(dev, "usable_version", lambda python: fake.version)
@@ -205,6 +207,7 @@ def test_a_whole_run_is_shared_by_workers_of_one_thread(course, monkeypatch, opt
     seen = []
     monkeypatch.setattr(dev, "set_up", lambda: None)
     monkeypatch.setattr(dev, "run", lambda command, env: seen.append((command, env)) or 0)
+    monkeypatch.setattr(dev, "colab", lambda more: 0)
     monkeypatch.setattr(dev.os, "cpu_count", lambda: 2)
     assert dev.main(["test", *options]) == 0
     (command, env), = seen
@@ -212,39 +215,95 @@ def test_a_whole_run_is_shared_by_workers_of_one_thread(course, monkeypatch, opt
     assert ("--nbval" in command) == notebooks and set(options) < set(command)
 
 
-def test_colab_makes_an_environment_of_its_own_and_runs_the_notebooks_in_it(course, monkeypatch):
+@pytest.fixture
+def with_bundle(course, monkeypatch):
+    """tools/bundle.py is not run: two notebooks and a wheel of nothing lie where it would put them."""
+    whole = dev.run
+
+    def run(command, env=None, folder=None):
+        if "bundle.py" in str(command):
+            with zipfile.ZipFile(Path(command[-1]) / "x.zip", "w") as zipped:
+                for name in ("00_a", "01_b", "02_c"):
+                    zipped.writestr(f"notebooks/{name}.ipynb", "{}")
+        course.environments.append(env)
+        return whole(command, env)
+    course.environments = []
+    monkeypatch.setattr(dev, "run", run)
+    return course
+
+
+def test_colab_runs_the_bundle_in_an_environment_without_the_package(with_bundle, monkeypatch):
+    course = with_bundle
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("LORA_EDU_SOURCE", "somewhere")
     dev.set_up()
     ours = dev.env_python()
     assert made(course) == ["venv", "pip"]
     assert dev.main(["colab", "-x"]) == 0
-    venv, pip, pytest_ = course.calls
+    venv, pip, bundle, away, first, rest = course.calls
     assert venv[-1] == str(course.path / ".venv-colab") and str(dev.env_python()).startswith(venv[-1])
-    assert pip[0] == str(dev.env_python()) != str(ours)
-    assert pip[-4:] == ["-c", "colab-constraints.txt", "-e", ".[hub,test]"]
-    assert pytest_[:3] == [str(dev.env_python()), "-m", "pytest"]
-    assert pytest_[-2:] == ["--override-ini=testpaths=notebooks", "-x"]
-    assert {"--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"} < set(pytest_)
+    assert pip[0] == str(dev.env_python()) != str(ours) and "-e" not in pip
+    assert pip[5:7] == ["-r", str(course.path / ".venv-colab" / "requirements.txt")]
+    assert Path(pip[6]).read_text(encoding="utf-8") == "torch==2.11.0\n"
+    assert bundle[1].endswith("bundle.py") and away[-3:] == ["--quiet", "--yes", "lora-edu"] and "uninstall" in away
+    for command, names in ((first, ["01_b.ipynb"]), (rest, ["00_a.ipynb", "02_c.ipynb"])):
+        assert command[:3] == [str(dev.env_python()), "-m", "pytest"] and command[-1] == "-x"
+        assert {"--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"} < set(command)
+        books = [Path(part) for part in command if part.endswith(".ipynb")]
+        assert [book.name for book in books] == names and not any(book.is_relative_to(ROOT) for book in books)
+    env = course.environments[-1]
+    assert env["LORA_EDU_DEVICE"] == "cpu" and env["PIP_NO_INDEX"] == "1"
+    assert env["PATH"].startswith(str(course.path / ".venv-colab"))
+    assert not {"PYTHONPATH", "LORA_EDU_SOURCE"} & set(env)
     assert ours.exists() and not (course.path / ".venv-colab.unfinished").exists()
 
 
-def test_colab_gives_pytest_its_status_and_the_cpu(course, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("failing, calls", [("01_b.ipynb", 1), ("02_c.ipynb", 2), (None, 2)])
+def test_a_notebook_that_fails_gives_its_status(failing, calls, with_bundle, monkeypatch):
+    whole = dev.run
+    monkeypatch.setattr(dev, "run", lambda command, *more: whole(command, *more)
+                        or 3 * (failing is not None and failing in str(command)))
+    assert dev.main(["colab"]) == (3 if failing else 0)
+    assert sum("pytest" in command for command in with_bundle.calls) == calls
+
+
+def test_another_torch_and_all_else_colabs(with_bundle, monkeypatch):
+    dev.main(["colab", "--torch", "2.13.0", "-x"])
+    assert (with_bundle.path / ".venv-colab" / "requirements.txt").read_text(encoding="utf-8") == "torch==2.13.0\n"
+    assert with_bundle.calls[-1][-1] == "-x" and "--torch" not in with_bundle.calls[-1]
+    assert dev.plan()[0] == "nothing"
+    dev.use_colab()
+    assert dev.plan()[0] == "install"
+
+
+def test_a_full_run_ends_with_colabs_and_a_failed_one_before_it(course, monkeypatch):
+    asked, status = [], 0
     monkeypatch.setattr(dev, "set_up", lambda: None)
-    monkeypatch.setattr(dev, "run", lambda command, env: seen.append(env) or 3)
-    assert dev.main(["colab"]) == 3
-    assert seen[0]["LORA_EDU_DEVICE"] == "cpu" and seen[0]["PATH"].startswith(str(course.path / ".venv-colab"))
+    monkeypatch.setattr(dev, "run", lambda command, env: status)
+    monkeypatch.setattr(dev, "colab", lambda more: asked.append(more) or 5)
+    assert dev.main(["test", "--full"]) == 5 and asked == [["--torch", "2.13.0"]]
+    status = 2
+    assert dev.main(["test", "--full"]) == 2 and dev.main(["test"]) == 2 and len(asked) == 1
+
+
+def test_bundle_writes_into_dist(course):
+    assert dev.main(["bundle"]) == 0
+    assert course.calls[-1] == [str(dev.env_python()), str(course.path / "tools" / "bundle.py"),
+                                str(course.path / "dist")]
 
 
 @pytest.mark.parametrize("name, todo", [("constraints.txt", "nothing"), ("colab-constraints.txt", "install"),
                                         ("pyproject.toml", "install")])
-def test_the_colab_stack_is_made_anew_when_its_own_files_change(course, name, todo):
+def test_the_colab_stack_is_made_anew_when_its_own_files_change(with_bundle, name, todo):
+    course = with_bundle
     dev.main(["colab"])
     with (course.path / name).open("a", encoding="utf-8") as file:
         file.write("# changed\n")
     assert dev.plan()[0] == todo
     made(course)
     dev.main(["colab"])
-    assert made(course) == (["other"] if todo == "nothing" else ["pip", "other"])
+    run = ["other", "pip", "other", "other"]        # bundle, uninstall, the first notebook, the others
+    assert made(course) == (run if todo == "nothing" else ["pip", *run])
 
 
 def test_the_colab_stack_asks_for_its_own_torch(course, monkeypatch):
@@ -259,7 +318,8 @@ def test_the_colab_stack_asks_for_its_own_torch(course, monkeypatch):
 def test_help_is_printed_without_a_verb(capsys):
     assert dev.main([]) == 0
     out = capsys.readouterr().out
-    assert [verb for verb in ("lab", "test", "notebooks", "links", "colab") if f"python dev.py {verb}" not in out] == []
+    verbs = ("lab", "test", "notebooks", "links", "bundle", "colab")
+    assert [verb for verb in verbs if f"python dev.py {verb}" not in out] == []
 
 
 def test_an_unknown_verb_is_refused(capsys):
@@ -272,8 +332,8 @@ def test_only_the_standard_library():
     """Before anything is installed, dev.py and the module it imports must run."""
     for name in ("dev.py", "tools/links.py"):
         found = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
-        # lora_edu: in the setup cell
-        assert set(found) - {"tools"} - sys.stdlib_module_names - {"lora_edu"} == set(), name
+        # lora_edu and google.colab: in the setup cell
+        assert set(found) - {"tools"} - sys.stdlib_module_names - {"lora_edu", "google"} == set(), name
 
 
 def test_an_old_python_is_told_so():

@@ -16,24 +16,36 @@ BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 COLAB = "https://colab.research.google.com/github/"
 TITLE = re.compile(r"# (\d\d) · (\S.*)")
 
+# A wheel beside the notebook, then LORA_EDU_SOURCE. Google Drive comes last: mounting it asks for a permission.
 SETUP = """\
 try:
     import lora_edu  # noqa: F401
-except ModuleNotFoundError:   # Colab opens this file alone: fetch the library, leave Colab's torch as it is
+except ModuleNotFoundError:   # opened alone, as in Colab: fetch the library, leave torch as it is
     import os
-    source = os.environ.get("LORA_EDU_SOURCE") or "lora-edu @ git+https://github.com/{repo}@{branch}"
+    from glob import glob
+    found = glob("lora_edu-*.whl") + glob("../lora_edu-*.whl")
+    found += glob("/content/drive/MyDrive/lora_edu/lora_edu-*.whl")
+    found.append(os.environ.get("LORA_EDU_SOURCE"))
+    found.append("lora-edu @ git+https://github.com/{repo}@{branch}")
+    source = next(filter(None, found))
     %pip install -q "$source"\
 """
 
 SETUP_WITHOUT_ADDRESS = """\
 try:
     import lora_edu  # noqa: F401
-except ModuleNotFoundError:   # opened alone, as in Colab: fetch the library, and leave the torch that is there
+except ModuleNotFoundError:   # opened alone, as in Colab: fetch the library, leave torch as it is
     import os
-    source = os.environ.get("LORA_EDU_SOURCE")
+    from glob import glob
+    found = glob("lora_edu-*.whl") + glob("../lora_edu-*.whl")
+    source = next(iter(found), os.environ.get("LORA_EDU_SOURCE"))
+    if not source and "COLAB_RELEASE_TAG" in os.environ:
+        from google.colab import drive
+        drive.mount("/content/drive")
+        source = next(iter(glob("/content/drive/MyDrive/lora_edu/lora_edu-*.whl")), None)
     if not source:
-        raise ModuleNotFoundError("No address is set for this course yet: install lora_edu from a clone, "
-                                  "or set LORA_EDU_SOURCE to something pip can install.") from None
+        raise ModuleNotFoundError("lora_edu is not installed, and there is no wheel of it beside "
+                                  "the notebook: the README's 'In Colab' says how.") from None
     %pip install -q "$source"\
 """
 

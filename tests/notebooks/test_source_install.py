@@ -96,6 +96,5 @@ def test_with_an_address_the_variable_still_decides(bare, wheel, tmp_path, monke
 def test_without_an_address_and_a_source_one_sentence_says_what_to_do(bare, tmp_path, monkeypatch):
     """It also shows that the environment does not have lora_edu by itself."""
     notebook = new_notebook(cells=[new_code_cell(links.setup_source("OWNER/lora_edu"))])
-    with pytest.raises(CellExecutionError, match="No address is set for this course yet: install lora_edu from a "
-                                                 "clone, or set"):
+    with pytest.raises(CellExecutionError, match="lora_edu is not installed, and there is no wheel of it"):
         execute(notebook, bare, tmp_path, None, monkeypatch)
