@@ -41,7 +41,7 @@ def test_the_picture_is_the_first_one_of_notebook_00():
 
 
 def test_the_code_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (code,) = re.findall(r"^```python\n(.*?)```", README, re.S | re.M)      # the other block is Colab's: test_bundle.py
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.split("\n")
     losses = [float(line.split()[1]) for line in lines if re.fullmatch(r"\d+ \d+\.\d+", line)]

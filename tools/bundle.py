@@ -39,7 +39,7 @@ def zip_notebooks(out, root=ROOT):
     out.mkdir(parents=True, exist_ok=True)
     part = out / f".{NOTEBOOKS}.part"
     with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as zipped:
-        for path in [root / "README.md", *sorted(root.glob("docs/*.png")),
+        for path in [root / "README.md", *sorted(root.glob("docs/*")),
                      *sorted(root.glob("notebooks/[0-9]*.ipynb"))]:
             zipped.write(path, path.relative_to(root))
     os.replace(part, out / NOTEBOOKS)

@@ -114,7 +114,7 @@ def test_an_empty_drive_is_said(colab):
     run, drive = colab
     for file in (drive / "MyDrive" / "lora_edu").glob("*.whl"):
         file.unlink()
-    with pytest.raises(CellExecutionError, match="there is no wheel of it beside the notebook: the README's 'In Colab'"):
+    with pytest.raises(CellExecutionError, match="no wheel of it beside the notebook: the README's 'In Colab'"):
         run(new_notebook(cells=[new_code_cell(links.setup_source("OWNER/lora_edu"))]))
     assert "## In Colab\n" in README
 
