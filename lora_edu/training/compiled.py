@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 
 MULTIPLE = 16    # each new length of the rows is compiled anew, so let there be few
-Loss = Callable[[nn.Module, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
 
 
 def padded(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,9 +15,9 @@ def padded(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, t
     return F.pad(inputs, (0, more)), F.pad(targets, (0, more), value=-100)
 
 
-def compiled(loss_of: Loss) -> Loss:
-    """`loss_of(model, batch)` with the model compiled. Where that fails (no C++ compiler, a Python too new for it), it
-    warns once and is `loss_of` from then on.
+def compiled(loss_of: Callable, compute: Callable) -> Callable[[nn.Module, tuple], torch.Tensor]:
+    """`loss_of(model, batch)` with its `compute` compiled, the model and the loss in one. Where that fails (no C++
+    compiler, a Python too new for it), it warns once and is `loss_of` from then on.
     """
     fast, failed = None, False
 
@@ -26,8 +25,8 @@ def compiled(loss_of: Loss) -> Loss:
         nonlocal fast, failed
         if not failed:
             try:
-                fast = torch.compile(model, dynamic=False) if fast is None else fast
-                return loss_of(fast, padded(*batch))
+                fast = torch.compile(compute, dynamic=False) if fast is None else fast
+                return loss_of(model, padded(*batch), "mean", fast)
             except Exception as error:          # compilers raise what they like
                 plain = loss_of(model, batch)   # the reader's own error, if it is that
                 failed, first = True, (str(error).strip() or type(error).__name__).splitlines()[0][:150]

@@ -55,7 +55,16 @@ def warmup_linear(warmup: float = 0.05) -> Callable[[int, int], float]:
     return factor
 
 
-def loss_on(model: nn.Module, batch: Batch, reduction: str = "mean") -> torch.Tensor:
+def cross_entropy(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    """What is computed of `loss_on`, and nothing that is checked: torch.compile takes it whole."""
+    logits = model(inputs)
+    logits = getattr(logits, "logits", logits)                          # (B, T, vocab)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def loss_on(model: nn.Module, batch: Batch, reduction: str = "mean", compute: Callable = cross_entropy) -> torch.Tensor:
     """Cross-entropy of the next token, in float32 or wider.
 
     The model returns logits, or an object that has `.logits`. Raises ValueError for what is no batch.
@@ -64,11 +73,7 @@ def loss_on(model: nn.Module, batch: Batch, reduction: str = "mean") -> torch.Te
     device = next(model.parameters()).device
     inputs, targets = (t.to(device, torch.long) for t in batch)
     try:
-        logits = model(inputs)
-        logits = getattr(logits, "logits", logits)                      # (B, T, vocab)
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return compute(model, inputs, targets, reduction)
     except IndexError as error:
         raise ValueError(f"a token id of this batch is not in the model's vocabulary ({error}): inputs are "
                          f"{inputs.min()} to {inputs.max()}, targets {targets.min()} to {targets.max()}; use the "
@@ -199,7 +204,7 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
     device, lr, steps = trained[0].device, real(lr), whole(steps)
     few = sum(p.numel() for p in trained) * 10 < sum(p.numel() for p in model.parameters())
     last = [p.detach().clone() for p in trained] if few else None
-    loss_of, scale, moved = compiled(loss_on) if compile else loss_on, LossScale(1, autocast), False
+    loss_of, scale, moved = compiled(loss_on, cross_entropy) if compile else loss_on, LossScale(1, autocast), False
     batches = iter(batches)
     with mode(model, training=True):
         for step in range(first_step, steps):
