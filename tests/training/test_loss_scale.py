@@ -119,5 +119,6 @@ def test_a_gpu_is_asked_what_its_hardware_can(capability, hip, found, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda device: SimpleNamespace(major=capability[0], minor=capability[1]))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True, raising=False)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert sixteen_bits(torch.device("cuda")) is found
