@@ -49,7 +49,7 @@ def with_gradscaler(model, first, doubles_after):
     return losses, skipped, scaler.get_scale()
 
 
-@pytest.mark.parametrize("first, doubles_after", [(2.0**8, 2000), (2.0**26, 2000), (2.0**16, 2), (2.0**22, 3)])
+@pytest.mark.parametrize("first, doubles_after", [(2.0**8, 2000), (2.0**26, 2000), (2.0**16, 2), (2.0**22, 3), (2.0**10, 1)])
 def test_the_loop_is_that_of_gradscaler(first, doubles_after, monkeypatch):
     monkeypatch.setattr(LossScale, "first", first)
     monkeypatch.setattr(LossScale, "doubles_after", doubles_after)
@@ -58,7 +58,7 @@ def test_the_loop_is_that_of_gradscaler(first, doubles_after, monkeypatch):
     losses, skipped, _ = with_gradscaler(other, first, doubles_after)
     assert [step.skipped for step in steps] == skipped
     assert [step.loss for step in steps] == pytest.approx(losses, rel=1e-5)
-    assert any(skipped) == (first > 2.0**8)
+    assert any(skipped) == (first > 2.0**8)         # from 2^10 on by doubling
     for mine, theirs in zip(lora_parameters(ours), lora_parameters(other), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
@@ -92,12 +92,14 @@ def test_what_overflows_at_scale_1_has_diverged(monkeypatch):
 
 def test_every_adapter_of_a_stack_has_its_own_scale_and_the_numbers_of_training_it_alone(monkeypatch):
     monkeypatch.setattr(LossScale, "first", 2.0**24)
+    norms, clip = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)) or norms[-1])
     adapters = [LoRASettings(rank=2, alpha=4, lr=0.05, seed=0), LoRASettings(rank=3, alpha=3000, lr=1e-4, seed=1)]
     torch.manual_seed(5)
     stack = LoRAStack(our_llama(vocab_size=64), adapters)
     together = list(train_stack(stack, [side_by_side([batch] * 2) for batch in batches()], STEPS,
                                 autocast=torch.float16))
-    counts = []
+    by_adapter, counts = [norms[0::2], norms[1::2]], []
     for i, adapter in enumerate(adapters):
         torch.manual_seed(5)
         model = our_llama(vocab_size=64)
@@ -105,6 +107,7 @@ def test_every_adapter_of_a_stack_has_its_own_scale_and_the_numbers_of_training_
         apply_lora(model, rank=adapter.rank, alpha=adapter.alpha)
         alone = list(train(model, batches(), STEPS, adapter.lr, autocast=torch.float16))
         assert [step.losses[i] for step in together] == pytest.approx([step.loss for step in alone], rel=2e-3)
+        assert by_adapter[i][-3:] == pytest.approx([step.grad_norm for step in alone][-3:], rel=0.02)
         counts.append(sum(step.skipped for step in alone))
     assert together[-1].skipped == counts and counts[0] != counts[1] and min(counts) > 0
 
