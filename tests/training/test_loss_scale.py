@@ -49,7 +49,8 @@ def with_gradscaler(model, first, doubles_after):
     return losses, skipped, scaler.get_scale()
 
 
-@pytest.mark.parametrize("first, doubles_after", [(2.0**8, 2000), (2.0**26, 2000), (2.0**16, 2), (2.0**22, 3), (2.0**10, 1)])
+@pytest.mark.parametrize("first, doubles_after", [(2.0**8, 2000), (2.0**26, 2000), (2.0**16, 2), (2.0**22, 3),
+                                                  (2.0**10, 1)])
 def test_the_loop_is_that_of_gradscaler(first, doubles_after, monkeypatch):
     monkeypatch.setattr(LossScale, "first", first)
     monkeypatch.setattr(LossScale, "doubles_after", doubles_after)
