@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Set the course up and run it.
 
-    python dev.py lab                   open JupyterLab on notebook 00      (--no-browser, --port N)
+    python dev.py lab                   open JupyterLab on your copy of notebook 00   (--no-browser, --port N, --fresh)
+    python dev.py python FILE [ARGS]    run a file, or a module with -m, with the environment's Python
+    python dev.py shell                 a shell in which python and lora-edu are the environment's
     python dev.py test [ARGS...]        run the tests; ARGS go to pytest    (python dev.py test -x -k rank)
     python dev.py test --quick          without notebooks and browser, for work in between
     python dev.py test --full           every notebook and lab in a browser, cells twice: what .ci/run calls
@@ -12,13 +14,15 @@
                                         Colab runtime; ARGS go to pytest   (--torch N: another torch, all else Colab's)
 
 Needs Python 3.11 to 3.13 and nothing else. The first call makes .venv here and installs into it what pyproject.toml and
-constraints.txt say; later calls install again only when one of the two has changed. Which build of PyTorch you get is
+constraints.txt say, for `lab` without what only the tests need; later calls install again only when that has changed.
+`lab` opens copies, in my_notebooks/: what you run and change there is yours. Which build of PyTorch you get is
 up to the package index: set PIP_EXTRA_INDEX_URL, PIP_INDEX_URL or PIP_FIND_LINKS as pip documents them. `colab` makes
 .venv-colab, with what colab-constraints.txt lists and without this package: the notebooks install it themselves.
 
 Run on Linux. Written for macOS and Windows too, but not run there.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +33,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,6 +42,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENV, CONSTRAINTS, EXTRAS = HERE / ".venv", "constraints.txt", ".[lab,hub,test,browser]"
+READER = ".[lab,hub]"      # what reading needs; pytest, ruff and a browser's driver come with the first test
 TORCH = None      # another torch than CONSTRAINTS names
 COLAB_TOOLS = ["nbval==0.11.0", "pytest-xdist>=3.7", "setuptools>=77"]     # to compare notebooks, to build the wheel
 FIRST = "00_start_here.ipynb"
@@ -83,11 +89,13 @@ def unfinished_note():
     return ENV.with_name(ENV.name + ".unfinished")
 
 
-def wanted():
-    """What a trusted .venv was made for: this Python, this folder (its scripts hold the path), these two files."""
+def wanted(extras=None):
+    """What a trusted .venv was made for: this Python, this folder (its scripts hold the path), these two files, and
+    what is installed of the extras.
+    """
     files = b"\0".join([(HERE / "pyproject.toml").read_bytes(), pins().encode()])
     return {"python": "{}.{}".format(*sys.version_info), "folder": str(HERE),
-            "files": hashlib.sha256(files).hexdigest()}
+            "files": hashlib.sha256(files).hexdigest(), "extras": extras or EXTRAS}
 
 
 def read_stamp():
@@ -109,9 +117,9 @@ def usable_version(python):
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def plan():
+def plan(extras=None):
     """What .venv needs, and why: ("nothing" | "install" into what is there | "rebuild" from scratch, reason)."""
-    now, stamp = wanted(), read_stamp()
+    now, stamp = wanted(extras), read_stamp()
     if not ENV.exists():
         return "rebuild", f"there is no {ENV.name} yet"
     if unfinished_note().exists():
@@ -122,19 +130,23 @@ def plan():
         if usable_version(env_python()) != now["python"]:
             return "rebuild", f"{ENV.name} does not run Python {now['python']} with pip, so it is made again"
         return "install", f"{ENV.name} was not finished by dev.py, so it is finished now"
-    if stamp == now:
+    if stamp in (now, wanted()):                # everything is more than enough
         return "nothing", ""
     for key, what in (("python", "another Python"), ("folder", "another folder")):
         if stamp.get(key) != now[key]:
             return "rebuild", f"{ENV.name} was made for {what} ({stamp.get(key)}, here {now[key]}), so it is made again"
+    if stamp.get("files") == now["files"]:
+        return "install", "the tests need more packages than reading, so they are added"
     return "install", f"pyproject.toml or {CONSTRAINTS} has changed, so the packages are brought up to date"
 
 
-def set_up():
+def set_up(extras=None):
     """Make the environment what plan() wants. Ends the program with a message when that fails."""
-    todo, why = plan()
+    todo, why = plan(extras)
     if todo == "nothing":
         return
+    if (read_stamp() or {}).get("extras") == EXTRAS and todo == "install":
+        extras = EXTRAS                         # what is there is kept up to date
     say(f"{why}.")
     check_this_python()
     unfinished_note().write_text("An install is running, or was stopped: the next call of dev.py makes " + ENV.name
@@ -142,10 +154,10 @@ def set_up():
     stamp_file().unlink(missing_ok=True)
     if todo == "rebuild":
         make_env()
-    install_packages()
+    install_packages(extras or EXTRAS)
     check_torch()
     write_jupyter_settings()
-    write_whole(stamp_file(), json.dumps(wanted(), indent=1) + "\n")
+    write_whole(stamp_file(), json.dumps(wanted(extras), indent=1) + "\n")
     unfinished_note().unlink()
     say("the environment is complete.")
 
@@ -163,15 +175,39 @@ def make_env():
              "On Windows: close what still uses .venv, and deactivate it.")
 
 
-def install_packages():
-    what = ["-c", CONSTRAINTS, "-e", EXTRAS]
-    if EXTRAS is None:                          # what Colab has, and no package of ours
+def install_packages(extras):
+    what = ["-c", CONSTRAINTS, "-e", extras]
+    if extras is None:                          # what Colab has, and no package of ours
         write_whole(ENV / "requirements.txt", pins())
         what = ["-r", str(ENV / "requirements.txt"), *COLAB_TOOLS]
-    if run([str(env_python()), "-m", "pip", "install", "--disable-pip-version-check", *what]):
+    with counting_packages():
+        failed = run([str(env_python()), "-m", "pip", "install", "--disable-pip-version-check", *what])
+    if failed:
         fail(f"the install did not finish (pip's message is above), and {ENV.name} will not be used. Usual causes: no "
              "network, less than 2 GB free (6 GB for a CUDA build), no packages for this Python. Then give the same "
              "command again.")
+
+
+@contextlib.contextmanager
+def counting_packages(every=5.0):
+    """Pip copies packages for most of its time and says nothing: a line every few seconds in which one was finished."""
+    done = threading.Event()
+
+    def watch():
+        seen = set(ENV.glob("[Ll]ib/**/site-packages/*.dist-info"))
+        while not done.wait(every):
+            now = set(ENV.glob("[Ll]ib/**/site-packages/*.dist-info"))
+            if now - seen:
+                newest = max(now - seen, key=lambda path: path.stat().st_mtime).name.split("-")[0]
+                say(f"{len(now)} packages are in place, the newest is {newest}")
+            seen = now
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def check_torch():
@@ -197,6 +233,8 @@ def write_jupyter_settings():
     folder = ENV / "share" / "jupyter" / "lab" / "settings"
     folder.mkdir(parents=True, exist_ok=True)
     setting = {"@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"},
+               # so that "Contents" opens as a page
+               "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}},
                # a course works offline
                "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
     write_whole(folder / "overrides.json", json.dumps(setting, indent=1) + "\n")
@@ -277,7 +315,7 @@ def colab(more):
         books = sorted(str(path) for path in folder.glob("notebooks/*.ipynb"))
         command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600",
                    "--rootdir", str(folder), "-p", "no:cacheprovider"]
-        env = child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1", PIP_NO_INDEX="1")
+        env = child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1", PIP_NO_INDEX="1", LORA_EDU_CLAIMS="raise")
         env = {key: value for key, value in env.items() if key not in ("PYTHONPATH", "LORA_EDU_SOURCE")}
         workers = ["-n", str(max(1, min(os.cpu_count() or 1, 4))), "--dist", "loadfile"]
         more = more[2:] if torch else more
@@ -313,14 +351,37 @@ def answers(url):
         return False
 
 
-def lab(port=None, browser=True):
-    """JupyterLab on this machine only, with a fresh token; prints the address once the server answers."""
-    set_up()
-    port, token = free_port(port), secrets.token_hex(16)
-    page = f"/lab/tree/{FIRST}" if (HERE / "notebooks" / FIRST).exists() else "/lab"
+def python(more):
+    """A file or module, in the folder that the reader is in."""
+    set_up(READER)
+    return run([str(env_python()), *more], child_env(), Path.cwd())
+
+
+def shell():
+    """The reader's own shell, the environment's tools first on its path."""
+    set_up(READER)
+    name = os.environ.get("COMSPEC", "cmd") if os.name == "nt" else os.environ.get("SHELL") or "/bin/sh"
+    say("python and lora-edu are those of .venv here; `exit` leaves.")
+    if Path(name).name == "bash":      # its start-up file may put another Python in front
+        rc = ENV / "shell.rc"
+        write_whole(rc, f'[ -f ~/.bashrc ] && . ~/.bashrc\nPATH="{env_bin()}:$PATH"\n')
+        return run([name, "--rcfile", str(rc), "-i"], child_env(), Path.cwd())
+    return run([name], child_env(), Path.cwd())
+
+
+def lab(port=None, browser=True, fresh=False):
+    """JupyterLab on this machine only, on the reader's copies, with a fresh token; prints the address once the server
+    answers.
+    """
+    from tools import copies  # here, because it needs Python 3.11, which is checked below
+    set_up(READER)
+    for line in copies.renew(HERE, fresh):
+        say(line)
+    port, token, home = free_port(port), secrets.token_hex(16), HERE / copies.FOLDER
+    page = f"/lab/tree/notebooks/{FIRST}" if (home / "notebooks" / FIRST).exists() else "/lab"
     command = [str(env_python()), "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
                "--ServerApp.port_retries=0", "--ServerApp.answer_yes=True", "--Application.log_level=WARN",
-               f"--ServerApp.root_dir={HERE / 'notebooks'}", f"--LabApp.default_url={page}"]
+               f"--ServerApp.root_dir={home}", f"--LabApp.default_url={page}"]
     command += [] if browser else ["--no-browser"]
     command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []   # in a container
     process = subprocess.Popen(command, cwd=HERE, env=child_env(JUPYTER_TOKEN=token))
@@ -328,7 +389,8 @@ def lab(port=None, browser=True):
         while process.poll() is None and not answers(f"http://127.0.0.1:{port}/api"):
             time.sleep(0.2)
         if process.poll() is None:
-            say(f"JupyterLab is at\n\n    http://127.0.0.1:{port}{page}?token={token}\n\nCtrl-C here stops it.")
+            say(f"JupyterLab is at\n\n    http://127.0.0.1:{port}{page}?token={token}\n\nYour copies of the "
+                f"notebooks are in {copies.FOLDER}/. Ctrl-C here stops it.")
         return wait_for(process)
     finally:
         if process.poll() is None:
@@ -340,10 +402,13 @@ def lab(port=None, browser=True):
 def parser():
     top = argparse.ArgumentParser(prog="dev.py", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", metavar="lab | test | notebooks | links | bundle | colab")
+    verbs = top.add_subparsers(dest="verb", metavar="lab | python | shell | test | notebooks | links | bundle | colab")
     verb = verbs.add_parser("lab", help="open JupyterLab on notebook 00")
     verb.add_argument("--no-browser", action="store_true", help="only print the address")
     verb.add_argument("--port", type=int, help="default: the first free one from 8888 on")
+    verb.add_argument("--fresh", action="store_true", help="make all copies again; what you changed is kept, too")
+    verbs.add_parser("python", help="run a file with the environment's Python")
+    verbs.add_parser("shell", help="a shell with the environment's python and lora-edu")
     verbs.add_parser("test", help="run every test; further arguments go to pytest")
     verb = verbs.add_parser("notebooks", help="run notebooks and store their outputs")
     verb.add_argument("names", nargs="*", metavar="NAME", help="such as 01, or a path; default: all")
@@ -356,11 +421,23 @@ def parser():
 
 def main(argv):
     more = []
-    if argv[:1] in (["test"], ["colab"]) and argv[1:2] not in (["-h"], ["--help"]):
+    if argv[:1] in (["test"], ["colab"], ["python"]) and argv[1:2] not in (["-h"], ["--help"]):
         argv, more = argv[:1], argv[1:]   # argparse would keep pytest's options for itself
     args = parser().parse_args(argv)
+    try:
+        return do(args, more)
+    except PermissionError as error:
+        fail(f"{error.filename} cannot be written, and the environment and your copies belong in this folder: clone "
+             "the course where you may write.")
+
+
+def do(args, more):
     if args.verb == "lab":
-        return lab(args.port, not args.no_browser)
+        return lab(args.port, not args.no_browser, args.fresh)
+    if args.verb == "python":
+        return python(more)
+    if args.verb == "shell":
+        return shell()
     if args.verb == "test":
         return test(more)
     if args.verb == "colab":

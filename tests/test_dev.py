@@ -67,6 +67,55 @@ def test_pip_gets_the_constraints_and_every_extra(course):
     assert not [word for word in pip if "index" in word or "find-links" in word]   # pip's own settings choose the build
 
 
+def test_reading_installs_less_and_the_tests_add_the_rest(course):
+    dev.set_up(dev.READER)
+    assert course.calls[-1][-1] == ".[lab,hub]" and made(course) == ["venv", "pip"]
+    assert dev.plan(dev.READER)[0] == "nothing" and dev.plan() == (
+        "install", "the tests need more packages than reading, so they are added")
+    dev.set_up()
+    assert course.calls[-1][-1] == dev.EXTRAS and made(course) == ["pip"]
+    assert dev.plan(dev.READER)[0] == dev.plan()[0] == "nothing"
+    (course.path / "constraints.txt").write_text("torch==2.13.0\nnumpy==99\n", encoding="utf-8")
+    dev.set_up(dev.READER)                       # an update leaves nothing out that was there
+    assert course.calls[-1][-1] == dev.EXTRAS and dev.plan()[0] == "nothing"
+
+
+def test_pips_silence_is_counted(course, capsys):
+    site = dev.ENV / "lib" / "python3" / "site-packages"
+    (site / "old-1.dist-info").mkdir(parents=True)
+    with dev.counting_packages(every=0.02):
+        time.sleep(0.05)
+        (site / "torch-2.13.0.dist-info").mkdir()
+        time.sleep(0.2)
+    out = capsys.readouterr().out
+    assert out == "dev.py: 2 packages are in place, the newest is torch\n"
+
+
+@pytest.mark.parametrize("verb", ["lab", "test", "shell"])
+def test_a_clone_that_cannot_be_written_gets_a_sentence(verb, course, monkeypatch):
+    def refuse(*args, **how):
+        raise PermissionError(13, "Permission denied", str(course.path / ".venv.unfinished"))
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(SystemExit, match="unfinished cannot be written, .* clone the course where you may write"):
+        dev.main([verb])
+
+
+def test_python_and_shell_are_the_environments(course, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(dev, "run", lambda command, env=None, folder=None: seen.append((command, env, folder)) or 0)
+    monkeypatch.setattr(dev, "set_up", lambda extras: seen.append(extras))
+    monkeypatch.chdir(tmp_path)
+    dev.ENV.mkdir(exist_ok=True)
+    for shell in ("/bin/bash", "/usr/bin/fish"):
+        monkeypatch.setenv("SHELL", shell)
+        assert dev.main(["shell"]) == 0
+    assert dev.main(["python", "-m", "lora_edu.record", "--help"]) == 0
+    (bash, env, here), (fish, _, _), (python, _, there) = seen[1::2]
+    assert bash[:2] == ["/bin/bash", "--rcfile"] and f'PATH="{dev.env_bin()}:$PATH"' in Path(bash[2]).read_text()
+    assert fish == ["/usr/bin/fish"] and env["PATH"].startswith(str(dev.env_bin())) and here == there == Path.cwd()
+    assert python == [str(dev.env_python()), "-m", "lora_edu.record", "--help"] and seen[::2] == [dev.READER] * 3
+
+
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
 def test_a_changed_dependency_file_installs_on_top(course, name):
     dev.set_up()
@@ -318,7 +367,7 @@ def test_the_colab_stack_asks_for_its_own_torch(course, monkeypatch):
 def test_help_is_printed_without_a_verb(capsys):
     assert dev.main([]) == 0
     out = capsys.readouterr().out
-    verbs = ("lab", "test", "notebooks", "links", "bundle", "colab")
+    verbs = ("lab", "python", "shell", "test", "notebooks", "links", "bundle", "colab")
     assert [verb for verb in verbs if f"python dev.py {verb}" not in out] == []
 
 
@@ -330,7 +379,7 @@ def test_an_unknown_verb_is_refused(capsys):
 
 def test_only_the_standard_library():
     """Before anything is installed, dev.py and the module it imports must run."""
-    for name in ("dev.py", "tools/links.py"):
+    for name in ("dev.py", "tools/links.py", "tools/copies.py"):
         found = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
         # lora_edu and google.colab: in the setup cell
         assert set(found) - {"tools"} - sys.stdlib_module_names - {"lora_edu", "google"} == set(), name
@@ -367,19 +416,22 @@ server.handle_request()
 """
 
 
-@pytest.mark.parametrize("exists, page", [(True, "/lab/tree/00_start_here.ipynb"), (False, "/lab")])
+@pytest.mark.parametrize("exists, page", [(True, "/lab/tree/notebooks/00_start_here.ipynb"), (False, "/lab")])
 def test_lab_prints_the_address_once_the_server_answers(course, monkeypatch, capfd, exists, page):
     """A small server in JupyterLab's place, which answers once and ends."""
     (course.path / "jupyterlab.py").write_text(SERVER, encoding="utf-8")
     (course.path / "notebooks").mkdir()
     if exists:
         (course.path / "notebooks" / "00_start_here.ipynb").touch()
-    monkeypatch.setattr(dev, "set_up", lambda: None)
+    (course.path / "README.md").touch()
+    monkeypatch.setattr(dev, "set_up", lambda extras: None)
     monkeypatch.setattr(dev, "env_python", lambda: sys.executable)
     port = dev.free_port()
     assert dev.main(["lab", "--no-browser", "--port", str(port)]) == 0
     out = capfd.readouterr().out
     assert re.search(rf"http://127\.0\.0\.1:{port}{page}\?token=[0-9a-f]{{32}}\n", out)
+    assert f"--ServerApp.root_dir={course.path / 'my_notebooks'}" in out
+    assert (course.path / "my_notebooks" / "notebooks" / "00_start_here.ipynb").exists() == exists
     assert "--no-browser" in out and f"--LabApp.default_url={page}" in out and "token 32" in out
     # in the address only, not on the command line that others can read
     assert len(re.findall(r"[0-9a-f]{32}", out)) == 1
@@ -387,7 +439,8 @@ def test_lab_prints_the_address_once_the_server_answers(course, monkeypatch, cap
 
 def test_a_lab_that_does_not_start_ends_with_its_status(course, monkeypatch, capfd):
     (course.path / "jupyterlab.py").write_text("raise SystemExit(7)", encoding="utf-8")
-    monkeypatch.setattr(dev, "set_up", lambda: None)
+    (course.path / "README.md").touch()
+    monkeypatch.setattr(dev, "set_up", lambda extras: None)
     monkeypatch.setattr(dev, "env_python", lambda: sys.executable)
     assert dev.lab() == 7
     assert "JupyterLab is at" not in capfd.readouterr().out

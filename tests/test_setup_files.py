@@ -87,7 +87,7 @@ def test_run_time_dependencies_are_floors():
 
 def test_the_environment_takes_every_extra():
     assert set(EXTRAS) == {"lab", "hub", "test", "browser"}
-    assert dev.EXTRAS == f".[{','.join(EXTRAS)}]"
+    assert dev.EXTRAS == f".[{','.join(EXTRAS)}]" and dev.READER == ".[lab,hub]"
 
 
 def test_conda_installs_the_same():
@@ -141,7 +141,7 @@ def test_ruff_has_nothing_to_say():
 def test_what_git_must_not_see():
     ignored = read(".gitignore").splitlines()
     made = {name + end for name in (".venv", ".venv-colab") for end in ("/", ".unfinished")}
-    assert made | {"__pycache__/", ".ipynb_checkpoints/", "runs/"} <= set(ignored)
+    assert made | {"my_notebooks/", "__pycache__/", ".ipynb_checkpoints/", "runs/"} <= set(ignored)
 
 
 def test_licence():

@@ -21,6 +21,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 TIMEOUT = 600   # seconds a cell
+os.environ["LORA_EDU_CLAIMS"] = "raise"      # what is stored has held
 
 
 class ThisPython(KernelSpecManager):

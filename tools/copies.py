@@ -1,0 +1,73 @@
+"""The reader's own copies of the notebooks: what is run, changed and saved there is no file of the course.
+
+`python dev.py lab` calls `renew`. A copy of which no cell was changed is brought up to date with the course; a changed
+one is the reader's, and is never written over. Standard library only: dev.py imports this.
+"""
+import hashlib
+import json
+import os
+import shutil
+
+FOLDER = "my_notebooks"
+NOTE = ".copied.json"        # name -> digest of the cells that were copied
+
+
+def digest(path):
+    """Of a notebook's cells without their outputs; of the bytes of a file that is no notebook."""
+    content = path.read_bytes()
+    try:
+        cells = [[cell["cell_type"], "".join(cell["source"])] for cell in json.loads(content)["cells"]]
+    except (ValueError, KeyError, TypeError):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def renew(root, fresh=False):
+    """Make or renew the copies, and what their links lead to; `fresh` makes all of them again. Returns what there is to
+    say: which changed copies are kept, and where.
+    """
+    home, said = root / FOLDER, []
+    (home / "notebooks").mkdir(parents=True, exist_ok=True)
+    copied = read_note(home / NOTE)
+    for source in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        copy, now = home / "notebooks" / source.name, digest(source)
+        theirs = copy.exists() and digest(copy) not in (now, copied.get(source.name))
+        if theirs and fresh:
+            said.append(f"your {copy.name} is kept as {set_aside(copy).name}.")
+        elif theirs and copied.get(source.name) != now:
+            said.append(f"your {copy.name} is kept; the course has a newer one: --fresh gives it to you, and keeps "
+                        "yours beside it.")
+        if fresh or not theirs and (not copy.exists() or copied.get(source.name) != now):
+            write_copy(source, copy)
+            copied[source.name] = now
+    for path in [root / "README.md", *(root / "docs").glob("*")]:
+        if path.is_file():
+            write_copy(path, home / path.relative_to(root))
+    part = home / f"{NOTE}.part"
+    part.write_text(json.dumps(copied, indent=1), encoding="utf-8")
+    os.replace(part, home / NOTE)
+    return said
+
+
+def read_note(path):
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def set_aside(copy):
+    """The copy under a name of its own beside it."""
+    number = 1
+    while (aside := copy.with_name(f"{copy.stem}.yours-{number}.ipynb")).exists():
+        number += 1
+    os.replace(copy, aside)
+    return aside
+
+
+def write_copy(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, part)
+    os.replace(part, target)
