@@ -75,6 +75,12 @@ def pytest_make_collect_report(collector):
 def pytest_terminal_summary(terminalreporter):
     reports = [r for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, [])]
     turned = [r for r in reports if str(r.longrepr).startswith(TURNED)]
+    books = sorted({r.nodeid.split("::")[0] for r in reports if ".ipynb" in r.nodeid})
+    if books:
+        terminalreporter.section("notebooks")
+        terminalreporter.line(f"{', '.join(books)}: an output came out otherwise than it is stored, or a claim failed. "
+                              "README.md, 'How to trust it', says what is compared; CONTRIBUTING.md, 'How stored "
+                              "outputs work', how to store them.")
     if turned:
         terminalreporter.section("skipped although CI=true")
         for report in turned:

@@ -282,7 +282,9 @@ def test(more):
         command += ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=300"]
     if more != options:
         return run(command, child_env(LORA_EDU_DEVICE="cpu"))
-    # a notebook's cells stay together
+    if "--quick" not in more:
+        say("every test, and each cell of the notebooks once: about ten minutes on two cores, with a rising per cent. "
+            "--quick takes two.")
     workers = max(1, min(os.cpu_count() or 1, 4))
     # a notebook's cells stay together, and the files keep the order of conftest.py
     command += ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]

@@ -503,9 +503,11 @@ def test_a_failing_cell_is_named_and_the_file_stays(tmp_path):
 
 
 @pytest.mark.parametrize("names, want", [([], ["00_a", "01_b"]), (["01"], ["01_b"]), (["00_a"], ["00_a"]),
-                                         (["notebooks/01_b.ipynb"], ["01_b"])])
-def test_notebooks_are_found_by_number_name_and_path(tmp_path, names, want):
-    for name in ("00_a", "01_b"):
+                                         (["notebooks/01_b.ipynb"], ["01_b"]),
+                                         (["the_memory"], ["05_the_memory_bill"]),
+                                         (["Memory"], ["05_the_memory_bill"])])
+def test_notebooks_are_found_by_number_name_a_part_of_it_and_path(tmp_path, names, want):
+    for name in ("00_a", "01_b", *(["05_the_memory_bill"] if names and "emory" in names[0] else [])):
         (tmp_path / f"{name}.ipynb").touch()
     assert [path.stem for path in store_outputs.find(names, tmp_path)] == want
 

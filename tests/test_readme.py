@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tools import links
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COLAB = f"{links.COLAB}{links.repository(ROOT)}/blob/main/notebooks/"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -29,7 +32,7 @@ def test_every_notebook_has_a_row_with_its_badge():
     rows = [line for line in README.splitlines() if line.startswith("| [")]
     assert len(rows) == len(NOTEBOOKS)
     for path, row in zip(NOTEBOOKS, rows):
-        assert f"notebooks/{path.name}" in row and f"blob/main/notebooks/{path.name}" in row and "colab-badge" in row
+        assert f"notebooks/{path.name}" in row and f"[Open in Colab]({COLAB}{path.name})" in row
 
 
 def test_the_picture_is_the_first_one_of_notebook_00():
@@ -48,9 +51,31 @@ def test_the_code_runs():
     assert len(losses) == 20 and losses[-1] < 0.5 * losses[0] and "156,160 of 3,844,864" in done.stdout
 
 
+# what a fenced block or a line in it begins with -> how it is tried, or why not
+COMMANDS = {"git clone": "needs a network; the walk before resolving clones", "cd lora_edu": "a folder",
+            "python3 dev.py lab": "test_dev.py, and the walk: it installs and does not end",
+            "python3 dev.py test": "this run",
+            "export PIP_EXTRA_INDEX_URL=": "pip's own variable; the workflow sets it",
+            "lora-edu spectrum": "tests/test_cli.py", "lora-edu extract": "tests/test_cli.py",
+            "lora-edu memory": "below"}
+
+
+def test_every_fenced_command_is_tried_or_says_why_not():
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+    blocks = [block for language, block in fenced if not language]
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    assert lines and [line for line in lines if not line.startswith(tuple(COMMANDS))] == []
+    assert [start for start in COMMANDS if not any(line.startswith(start) for line in lines)] == []
+    cli = (ROOT / "tests" / "test_cli.py").read_text(encoding="utf-8")
+    assert '"spectrum"' in cli and '"extract"' in cli and not any("#" in line for line in blocks[0].splitlines())
+    (memory,) = [line.split("  ")[0].split() for line in lines if line.startswith("lora-edu memory")]
+    done = subprocess.run([sys.executable, "-m", "lora_edu.cli", *memory[1:]], capture_output=True, text=True)
+    assert done.returncode == 0 and "activations" in done.stdout
+
+
 def test_commands_exist():
     helped = subprocess.run([sys.executable, str(ROOT / "dev.py")], capture_output=True, text=True)
-    for verb in re.findall(r"python dev\.py (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+    for verb in re.findall(r"python3? dev\.py (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
         assert f"dev.py {verb}" in helped.stdout + helped.stderr, verb
     for module in re.findall(r"python -m (lora_edu[\w.]+)", README):
         assert subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True).returncode == 0

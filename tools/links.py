@@ -12,15 +12,16 @@ import tomllib
 
 NOT_SET = "OWNER"
 BRANCH = "main"   # the notebook that Colab opens and the library that it fetches come from the same place
-BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 COLAB = "https://colab.research.google.com/github/"
+FOLDED = {"jupyter": {"source_hidden": True}, "cellView": "form"}      # JupyterLab obeys the one, Colab the other
 TITLE = re.compile(r"# (\d\d) · (\S.*)")
 
 # A wheel beside the notebook, then LORA_EDU_SOURCE. Google Drive comes last: mounting it asks for a permission.
 SETUP = """\
+# @title Set-up: fetches the library where it is missing
 try:
     import lora_edu  # noqa: F401
-except ModuleNotFoundError:   # opened alone, as in Colab: fetch the library, leave torch as it is
+except ModuleNotFoundError:   # opened alone, as in Colab; its torch stays as it is
     import os
     from glob import glob
     found = glob("lora_edu-*.whl") + glob("../lora_edu-*.whl")
@@ -32,9 +33,10 @@ except ModuleNotFoundError:   # opened alone, as in Colab: fetch the library, le
 """
 
 SETUP_WITHOUT_ADDRESS = """\
+# @title Set-up: fetches the library where it is missing
 try:
     import lora_edu  # noqa: F401
-except ModuleNotFoundError:   # opened alone, as in Colab: fetch the library, leave torch as it is
+except ModuleNotFoundError:   # opened alone, as in Colab; its torch stays as it is
     import os
     from glob import glob
     found = glob("lora_edu-*.whl") + glob("../lora_edu-*.whl")
@@ -100,9 +102,10 @@ def title(path, notebook):
 
 
 def links_line(previous, path, following, repo):
-    """Previous · Contents · next · badge; `previous` and `following` are (path, title), or None at the ends."""
-    parts = ["[Contents](../README.md)", f"[![Open In "
-             f"Colab]({BADGE})]({COLAB}{repo}/blob/{BRANCH}/notebooks/{path.name})"]
+    """Previous · Contents · next · Colab, in words: a badge is a broken picture where there is no network. `previous`
+    and `following` are (path, title), or None at the ends.
+    """
+    parts = ["[Contents](../README.md)", f"[Open in Colab]({COLAB}{repo}/blob/{BRANCH}/notebooks/{path.name})"]
     if previous:
         parts.insert(0, f"[{previous[1]}]({previous[0].name})")
     if following:
@@ -131,6 +134,7 @@ def rewrite(notebook, name, line, repo):
     header, setup = tagged(new, "header", name), tagged(new, "setup", name)
     if "nbval-ignore-output" not in setup["metadata"]["tags"]:
         raise ValueError(f"{name}: the setup cell prints what pip prints; tag it nbval-ignore-output as well.")
+    setup["metadata"] |= FOLDED
     for cell, text in ((header, header_source(source_of(header), line)), (setup, setup_source(repo))):
         if source_of(cell) != text:
             cell["source"] = text.splitlines(keepends=True)
@@ -151,6 +155,8 @@ def pending(root):
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
         new = re.sub(re.escape(COLAB) + r"[\w.-]+/[\w.-]+/blob/[\w.-]+/", f"{COLAB}{repo}/blob/{BRANCH}/", text)
+        new = re.sub(r"git clone https://github\.com/\S+\ncd \S+",
+                     f"git clone https://github.com/{repo}\ncd {repo.split('/')[1]}", new)
         if new != text:
             yield readme, new
 

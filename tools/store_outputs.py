@@ -33,11 +33,13 @@ class ThisPython(KernelSpecManager):
 
 
 def find(names, folder=NOTEBOOKS):
-    """The notebooks that are meant: by number (01), by name, by path; all of them when none is named."""
+    """The notebooks that are meant: by number (01), by name or a part of it, by path; all of them if none is named."""
     known = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     found = []
     for name in names:
-        matches = [path for path in known if Path(name).stem in (path.stem, path.stem[:2])]
+        stem = Path(name).stem
+        matches = [path for path in known if stem in (path.stem, path.stem[:2])] or [
+            path for path in known if len(stem) > 2 and stem.lower() in path.stem]
         if not matches:
             raise ValueError(f"no notebook is called {name!r}: there are "
                              f"{', '.join(path.stem for path in known) or 'none'}.")

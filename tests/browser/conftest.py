@@ -251,6 +251,16 @@ class NotebookPage:
         assert self.errors() == errors, "moving the slider put an error on the page"
         assert not re.search("cannot be drawn", self.text()), self.text()
 
+    def check_text(self, index: int, timeout: float = 30) -> None:
+        """Move a slider that has no picture by a key: the line on the page goes on."""
+        handle, before = self.handle(index), self.text()
+        handle.scroll_into_view_if_needed()
+        self._press(handle, index)
+        end = time.monotonic() + timeout
+        while self.text() == before and time.monotonic() < end:
+            self.page.wait_for_timeout(50)
+        assert self.text() != before, "no text changed"
+
     def handle(self, index: int):
         return self.page.locator(f"{SLIDER} .noUi-handle").nth(index)
 

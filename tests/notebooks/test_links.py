@@ -33,7 +33,8 @@ def course(tmp_path):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/OWNER/lora_edu"\n',
                                              encoding="utf-8")
-    (tmp_path / "README.md").write_text(f"[00]({links.COLAB}OWNER/lora_edu/blob/main/notebooks/00_start.ipynb)\n",
+    (tmp_path / "README.md").write_text(f"[00]({links.COLAB}OWNER/lora_edu/blob/main/notebooks/00_start.ipynb)\n"
+                                        "git clone https://github.com/OWNER/lora_edu\ncd lora_edu\npython3 dev.py\n",
                                         encoding="utf-8")
     for name, title in (("00_start", "00 · Start here"), ("01_linear", "01 · A linear layer"),
                         ("04_rank", "04 · Rank")):
@@ -47,10 +48,7 @@ def sources(course, name):
 
 
 def colab(repo, name):
-    return (
-        f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/"
-        f"{repo}/blob/main/notebooks/{name}.ipynb)"
-    )
+    return f"[Open in Colab](https://colab.research.google.com/github/{repo}/blob/main/notebooks/{name}.ipynb)"
 
 
 def test_header_line_names_the_nearest_notebooks_that_exist(course):
@@ -100,6 +98,7 @@ def test_one_address_everywhere(course, capsys):
              for path in [course / "README.md", course / "pyproject.toml", *course.glob("notebooks/*")]]
     assert not [text for text in texts if "OWNER" in text]
     assert not [text for text in texts if "ada/loras" not in text]
+    assert "git clone https://github.com/ada/loras\ncd loras\npython3 dev.py\n" in texts[0]
 
 
 def test_a_notebook_edited_by_hand_is_found(course):
@@ -115,7 +114,7 @@ def test_a_notebook_edited_by_hand_is_found(course):
 @pytest.mark.parametrize("repo", ["OWNER/lora_edu", "ada/loras"])
 def test_setup_cell_is_short_and_parses(repo):
     text = links.setup_source(repo)
-    assert len(text.splitlines()) <= 15 and max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) <= 16 and max(map(len, text.splitlines())) <= 100
     ast.parse(re.sub(r"%pip .*", "...", text))
     assert 'get("LORA_EDU_SOURCE")' in text
     assert ("drive.mount" in text) == ("is not installed" in text) == repo.startswith("OWNER")
