@@ -84,7 +84,7 @@ def test_the_readmes_lines_word_by_word(colab):
     block = re.search(r"```python\n(   import shutil.*?)   ```", README, re.DOTALL)[1]
     run(new_notebook(cells=[new_code_cell(re.sub(r"^   ", "", block, flags=re.MULTILINE))]))
     course = drive / "MyDrive" / "lora_edu" / "notebooks"
-    assert "lora_edu/notebooks" in README and "python dev.py bundle" in README and len(list(course.iterdir())) >= 7
+    assert "lora_edu/notebooks" in README and "python3 dev.py bundle" in README and len(list(course.iterdir())) >= 7
     notebook = nbformat.read(next(course.glob("01_*.ipynb")), as_version=4)
     notebook.cells.append(new_code_cell(WHERE))
     (text,) = run(notebook)
