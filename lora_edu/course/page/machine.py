@@ -18,7 +18,7 @@ from lora_edu.training.loop import sixteen_bits
 PACKAGES = ("torch", "numpy", "matplotlib", "ipywidgets", "safetensors", "tokenizers", "huggingface_hub", "tqdm",
             "peft")
 # a small step of LoRA, by the ledger of notebook 05
-STEP = {"rank": 8, "recipe": "16-bit", "batch": 1, "length": 512, "checkpointing": True}
+STEP = {"rank": 8, "batch": 1, "length": 512, "checkpointing": True}
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,19 +38,23 @@ class Machine(ShowsTables):
     missing: tuple[str, ...]
 
     def fits(self, model: str, **step) -> bool:
-        """Does a training step fit the memory, by the ledger? `model` and `step` as in `bill`; False where the memory
-        is not known.
+        """Does a training step fit the memory, by the ledger? `model` and `step` as in `bill`; in 32 bits where the
+        hardware has no 16. False where the memory is not known.
         """
-        return self.memory is not None and bill(model, **STEP | step).total <= self.memory
+        recipe = {"recipe": "16-bit" if self._narrow() else "fp32"}
+        return self.memory is not None and bill(model, **STEP | recipe | step).total <= self.memory
+
+    def _narrow(self) -> bool:
+        return self.kind != "cpu" and self.products is not None
 
     def tables(self) -> list[Table]:
         by_size = sorted(PRESETS, key=lambda name: PRESETS[name].parameters())
-        large = [name for name in by_size if self.fits(name)]
+        large, bits = [name for name in by_size if self.fits(name)], 16 if self._narrow() else 32
         rows = [("device", self.device, "every notebook runs, the longest in two minutes or so" if self.kind == "cpu"
                  else "every notebook runs; those with a GPU in their header use it"),
                 ("16 bits", *self._products()),
                 ("memory", "unknown" if self.memory is None else f"{self.memory / 1e9:.1f} GB free",
-                 f"by notebook 05's ledger enough for a LoRA on {large[-1]}, in 16 bits, 1 × 512 tokens, checkpointed"
+                 f"by notebook 05's ledger a LoRA on {large[-1]} fits in {bits} bits, 1 × 512 tokens, checkpointed"
                  if large else "notebook 05 says what a training takes"),
                 ("disk", f"{self.disk / 1e9:.1f} GB free",
                  f"fable needs none; the 16-bit weights of {self.disk / 2e9:.1f} billion numbers fit"),
@@ -59,7 +63,7 @@ class Machine(ShowsTables):
         return [Table(("this machine", "has", "which means"), rows)]
 
     def _products(self) -> tuple[str, str]:
-        if self.kind == "cpu" or self.products is None:
+        if not self._narrow():
             return "not used", "trainings multiply in float32"
         if self.products == torch.float16:
             return "float16", "a loss scale; bfloat16 would be emulated. A step that overflows is skipped and counted"
