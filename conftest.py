@@ -42,7 +42,8 @@ def pytest_collection_modifyitems(config, items):
     if leaving:
         config.hook.pytest_deselected(items=leaving)
         items[:] = [item for item in items if not out(item)]
-    items.sort(key=lambda item: (item.get_closest_marker("browser") is None, ".ipynb" not in item.nodeid))
+    items.sort(key=lambda item: ("test_twice" not in item.nodeid, item.get_closest_marker("browser") is None,
+                                 ".ipynb" not in item.nodeid))
 
 
 def strict():
