@@ -54,16 +54,8 @@ class Line:
                 f'{" ∎" if self.ended else " …"}</div>')
 
 
-def voice(model: nn.Module, tokenizer, prompt: str = "Once upon a time there was a king who",
-          start: float = 0.0, size: str = "") -> ipywidgets.VBox:
-    """A slider from storyteller to waiter: where it is let go, the model writes on at that strength, and begins anew
-    after an end. Buttons to write
-    on, to begin again and to merge (the slider goes, the voice stays), and a field for a prompt of one's own.
-
-    Args:
-        model: carries an adapter of strength 1. The lab turns it, and gives it back unmerged only when asked to.
-        size: of the adapter, in words, to stand beside the slider.
-    """
+def controls(prompt: str, start: float) -> tuple[ipywidgets.Widget, ...]:
+    """Slider, prompt, write on, begin again, merge."""
     slider = ipywidgets.FloatSlider(value=start, min=0.0, max=LOUDEST, step=0.1, description="storyteller",
                                     continuous_update=False, readout_format=".1f",
                                     layout=ipywidgets.Layout(width="28em"),
@@ -72,6 +64,20 @@ def voice(model: nn.Module, tokenizer, prompt: str = "Once upon a time there was
                           layout=ipywidgets.Layout(width="38em"))
     on, again = (ipywidgets.Button(description=text) for text in ("write on", "begin again"))
     merge = ipywidgets.ToggleButton(value=False, description="merge", icon="compress")
+    return slider, own, on, again, merge
+
+
+def voice(model: nn.Module, tokenizer, prompt: str = "Once upon a time there was a king who",
+          start: float = 0.0, size: str = "") -> ipywidgets.VBox:
+    """A slider from storyteller to waiter: where it is let go, the model writes on at that strength, and begins anew
+    after an end. Buttons to write on, to begin again and to merge (the slider goes, the voice stays), and a field for a
+    prompt of one's own.
+
+    Args:
+        model: carries an adapter of strength 1. The lab turns it, and gives it back unmerged only when asked to.
+        size: of the adapter, in words, to stand beside the slider.
+    """
+    slider, own, on, again, merge = controls(prompt, start)
     page, note = ipywidgets.HTML(), ipywidgets.HTML()
     state: dict[str, Line] = {}
 
