@@ -73,6 +73,10 @@ def pins():
     return re.sub(r"^torch==\S+", f"torch=={TORCH}", text, flags=re.MULTILINE) if TORCH else text
 
 
+def pinned_torch():
+    return re.search(r"^torch==(\S+)", pins(), re.MULTILINE)[1]
+
+
 def env_bin():
     return ENV / ("Scripts" if os.name == "nt" else "bin")
 
@@ -220,7 +224,7 @@ def check_torch():
     version, cuda, hip = json.loads(answer.stdout.splitlines()[-1])
     build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU"
     say(f"torch {version}, the {build} build, on Python {usable_version(env_python())}.")
-    pin = re.search(r"^torch==(\S+)", pins(), re.MULTILINE)[1]
+    pin = pinned_torch()
     if version.split("+")[0] != pin:
         fail(f"{CONSTRAINTS} asks for torch {pin}, and pip installed {version}: look for PIP_CONSTRAINT or an index "
              "with only other versions in pip's settings.")
@@ -291,8 +295,7 @@ def test(more):
     status = run(command, child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1"))
     if status or "--full" not in more:
         return status
-    torch = re.search(r"^torch==(\S+)", pins(), re.MULTILINE)[1]
-    return colab(["--torch", torch])            # Colab's own torch has no CPU build everywhere; the workflow takes it
+    return colab(["--torch", pinned_torch()])   # Colab's own torch has no CPU build everywhere; the workflow takes it
 
 
 def bundle(out):

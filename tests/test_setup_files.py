@@ -56,6 +56,10 @@ def test_the_colab_job_can_install_its_extras():
             and not Requirement(line).specifier.contains(version)] == []
 
 
+def test_what_compares_notebooks_on_colabs_stack_is_what_compares_them_here():
+    assert set(dev.COLAB_TOOLS) <= set(EXTRAS["test"])
+
+
 def test_torch_is_pinned_to_the_version_the_course_names():
     assert str(pins("constraints.txt")["torch"]) == "==2.13.0"
 

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 
+from tools.links import write
+
 FOLDER = "my_notebooks"
 NOTE = ".copied.json"        # name -> digest of the cells that were copied
 
@@ -43,9 +45,7 @@ def renew(root, fresh=False):
     for path in [root / "README.md", *(root / "docs").glob("*")]:
         if path.is_file():
             write_copy(path, home / path.relative_to(root))
-    part = home / f"{NOTE}.part"
-    part.write_text(json.dumps(copied, indent=1), encoding="utf-8")
-    os.replace(part, home / NOTE)
+    write(home / NOTE, json.dumps(copied, indent=1))
     return said
 
 

@@ -7,11 +7,12 @@ import ipywidgets
 import torch
 from torch import nn
 
+from lora_edu.course.page.show import BLUE
 from lora_edu.lora.merge import merge_lora, set_strength, unmerge_lora
 from lora_edu.models.bridge import end_token
 
 PIECE, ROOM = 14, 260                            # tokens written at a turn of the slider, and in all
-STORY, WAITER = (0x00, 0x72, 0xB2), (0xB3, 0x4A, 0x00)     # strength 0 and 1: blue and vermillion, both dark on white
+STORY, WAITER = bytes.fromhex(BLUE[1:]), bytes.fromhex("B34A00")     # a vermillion that is dark enough for text
 FULL, LOUDEST = 1.0, 1.2                         # beyond it words break
 
 
@@ -37,6 +38,10 @@ class Line:
         if self.ended:
             return
         before, end = self.ids.shape[1], end_token(self.tokenizer)
+        if before >= ROOM:
+            self.pieces.append((f" (A prompt of {before} tokens: shorten it to under {ROOM}.)", None))
+            self.ended = True
+            return
         self.ids = self.model.generate(self.ids, min(tokens, ROOM - before), temperature=0.6, top_k=20,
                                        seed=self.seed + before, stop_token=end).cpu()
         said = self.tokenizer.decode(self.ids[0, :before].tolist())

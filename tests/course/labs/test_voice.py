@@ -60,7 +60,8 @@ def test_a_line_ends_at_the_end_token_and_at_its_room(adapted, monkeypatch):
 
 def test_the_slider_writes_on_and_words_keep_their_strength(adapted):
     model, tokenizer = adapted
-    slider, page, on, again, _, own, _ = parts(voice(model, tokenizer, PROMPT, size="241 kB"))
+    box = voice(model, tokenizer, PROMPT, size="241 kB")
+    slider, page, on, again, _, own, _ = parts(box)
     first, strengths = words(page)
     assert first.startswith(PROMPT) and strengths == ["prompt", "0.0"]
     slider.value = 0.6
@@ -71,6 +72,8 @@ def test_the_slider_writes_on_and_words_keep_their_strength(adapted):
     assert words(page)[1] == ["prompt", "0.6"]
     own.value = "<b>The fox</b>"
     assert words(page)[0].startswith("&lt;b&gt;The fox&lt;/b&gt;") and slider.max == LOUDEST
+    own.value = "once " * 300
+    assert re.search(r"A prompt of 30\d tokens: shorten it to under 260", words(page)[0])
     own.value = "  "
     assert words(page)[0].startswith(PROMPT)
 
