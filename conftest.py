@@ -8,6 +8,7 @@ Where everything is installed, a skipped test is a test that does not run: with 
 marked `gpu` may be skipped there. What was turned into a failure is listed at the end of the run.
 """
 import os
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "browser: drives JupyterLab with Chromium")
     config.addinivalue_line("markers", "full: runs with --full only")
     config.addinivalue_line("markers", "slow: left out by --quick")
+    if getattr(config.option, "nbval", False) and config.option.nbval_sanitize_with is None:
+        config.option.nbval_sanitize_with = str(Path(__file__).parent / "tests" / "notebooks" / "pictures.cfg")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -237,6 +237,8 @@ def write_jupyter_settings():
     folder = ENV / "share" / "jupyter" / "lab" / "settings"
     folder.mkdir(parents=True, exist_ok=True)
     setting = {"@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"},
+               # a lab that is saved is alive when the notebook is opened again, without its kernel
+               "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
                # so that "Contents" opens as a page
                "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}},
                # a course works offline
@@ -319,7 +321,8 @@ def colab(more):
             zipped.extractall(folder)
         books = sorted(str(path) for path in folder.glob("notebooks/*.ipynb"))
         command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600",
-                   "--rootdir", str(folder), "-p", "no:cacheprovider"]
+                   "--rootdir", str(folder), "-p", "no:cacheprovider",
+                   f"--nbval-sanitize-with={HERE / 'tests' / 'notebooks' / 'pictures.cfg'}"]
         env = child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1", PIP_NO_INDEX="1", LORA_EDU_CLAIMS="raise")
         env = {key: value for key, value in env.items() if key not in ("PYTHONPATH", "LORA_EDU_SOURCE")}
         workers = ["-n", str(max(1, min(os.cpu_count() or 1, 4))), "--dist", "loadfile"]

@@ -28,3 +28,15 @@ def real(value) -> int | float | None:
     except (TypeError, ValueError, RuntimeError):          # an array of several
         return None
     return number if math.isfinite(number) else None
+
+
+def bytes_in_words(count: float) -> str:
+    """A number of bytes in the unit that fits, as makers of cards count: a GB is 10⁹ bytes, where a GiB would be 2³⁰.
+
+    >>> bytes_in_words(58_698_654), bytes_in_words(2.8e12), bytes_in_words(12)
+    ('58.7 MB', '2.80 TB', '12 bytes')
+    """
+    size, unit = next((each for each in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= each[0]),
+                      (1, "bytes"))
+    value = count / size
+    return f"{value:,.{0 if unit == 'bytes' or value >= 100 else 1 if value >= 10 else 2}f} {unit}"

@@ -1,10 +1,10 @@
 """Run notebooks from top to bottom and store their outputs, ready for `pytest --nbval`.
 
 `python dev.py notebooks [NAME...]` calls this with the environment's Python. Left out of what is stored is what would
-only
-make noise in a diff: the widgets' state (half of a small notebook, with new ids each time), the cells' start and end
-times, the kernel's exact version. The state is taken out afterwards, because nbclient 0.11 ends in a KeyError when told
-not to store it and an Output widget is shown. A notebook with a failing cell stays as it was.
+only make noise in a diff: the widgets' state (half of a small notebook, with new ids each time) and the views that need
+it, the cells' start and end times, the kernel's exact version. The state is taken out afterwards, because nbclient 0.11
+ends in a KeyError when told not to store it and an Output widget is shown. A notebook with a failing cell stays as it
+was.
 """
 import base64
 import os
@@ -55,6 +55,9 @@ def clean(notebook):
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if not is_progress_bar(out)]
+            for out in cell.outputs:
+                if "text/html" in out.get("data", {}):       # a lab: its picture stays, where a view needs a kernel
+                    out.data.pop("application/vnd.jupyter.widget-view+json", None)
 
 
 def is_progress_bar(output):
@@ -98,9 +101,9 @@ def store(path):
 
 def store_picture(notebook, target):
     """The README's picture is the first one that notebook 00 shows."""
-    pictures = (out["data"]["image/png"] for cell in notebook.cells if cell.cell_type == "code"
-                for out in cell.outputs if "image/png" in out.get("data", {}))
-    picture = next(pictures, None)
+    found = (re.search(r'src="data:image/png;base64,([^"]+)"', out.get("data", {}).get("text/html", ""))
+             for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs)
+    picture = next((match[1] for match in found if match), None)
     if picture:
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(base64.b64decode(picture))

@@ -22,7 +22,6 @@ from lora_edu.course.labs.rank_picture import rank_picture
 from lora_edu.course.labs.spectrum_explorer import spectrum_explorer
 from lora_edu.course.labs.target_picker import target_picker
 from lora_edu.course.labs.trainer import live_trainer
-from lora_edu.course.labs.voice import voice
 from lora_edu.course.page.claims import article_ledger, claim, ledger
 from lora_edu.course.page.guess import calibration, guess
 from lora_edu.course.page.machine import machine
@@ -38,5 +37,4 @@ __all__ = ["Table", "alpha_dial", "article_ledger", "better", "calibration", "cl
            "plot_picture_ranks",
            "plot_points", "plot_rank_curves", "plot_rates", "plot_singular_values", "plot_spectra", "plot_two_losses",
            "plot_update_sizes",
-           "plot_what_is_kept", "rank_picture", "sample_picture", "show", "spectrum_explorer", "target_picker", "tie",
-           "voice"]
+           "plot_what_is_kept", "rank_picture", "sample_picture", "show", "spectrum_explorer", "target_picker", "tie"]

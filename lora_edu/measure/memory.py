@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lora_edu.models.sizes import Sizes, sizes_of
-from lora_edu.numbers import whole
+from lora_edu.numbers import bytes_in_words, whole
 from lora_edu.tables import ShowsTables, Table
-
-GIB = 2**30
 
 
 class Recipe(NamedTuple):
@@ -173,14 +171,14 @@ class Bill(ShowsTables):
         return sum(self.parts.values())
 
     def rows(self) -> list[tuple[str, str, str]]:
-        return [(name, f"{value:,.0f}", f"{value / GIB:,.2f}")
+        return [(name, f"{value:,.0f}", bytes_in_words(value))
                 for name, value in (*self.parts.items(), ("total", self.total))]
 
     def summary(self) -> str:
         return f"{self.model}: {self.parameters:,} parameters; {self.trainable:,} numbers train."
 
     def tables(self) -> list[Table]:
-        return [Table((self.model, "bytes", "GiB"), self.rows(), self.summary())]
+        return [Table((self.model, "bytes", "size"), self.rows(), self.summary())]
 
 
 def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-linear", recipe: str | None = None,

@@ -2,12 +2,10 @@
 
 Nothing of the user's is read or changed: Jupyter's settings, config, data and runtime folders lie in pytest's own
 temporary folder, the notebooks are copies, and each gets a workspace of its own. A test that fails leaves a screenshot
-there, and says where. How long a key took to become a picture is printed at the end of the run.
+there, and says where. How long it took from "Run all" to a lab in use is printed at the end of the run.
 """
-import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -31,31 +29,32 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},   # else cells off screen are taken out of the page
     "apputils-extension/notification": {"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True},
     "docmanager-extension/plugin": {"autosave": False},
+    "../@jupyter-widgets/jupyterlab-manager/plugin": {"saveState": True},      # as dev.py sets it
 }
 # What the page says when a kernel is truly connected; running cells before that opens a dialog.
 IDLE = """() => {
   const session = window.jupyterapp?.shell?.currentWidget?.sessionContext, kernel = session?.session?.kernel;
   return !!(session?.isReady && kernel?.connectionStatus === 'connected' && kernel.status === 'idle');
 }"""
-# The pixels of every image in the outputs. Not their addresses: a widget's image gets a new one at every update.
-PIXELS = """async () => {
-  const found = [];
-  for (const image of document.querySelectorAll('.jp-OutputArea-output img')) {
-    try { await image.decode() } catch { continue }
-    const canvas = Object.assign(document.createElement('canvas'), {width: image.naturalWidth, height:
-    image.naturalHeight}); canvas.getContext('2d').drawImage(image, 0, 0);
-    found.push(canvas.toDataURL());
-  }
-  return found;
+# A page with nothing but a place for a lab, and a stand-in for the widget's model.
+PLAIN_PAGE = """<!doctype html><html lang="en"><head><title>A lab</title></head>
+<body style="background: BACK; margin: 8px"><main><h1 style="display: none">A lab</h1><div id="place"></div></main>
+</body></html>"""
+START = """async ([source, traits]) => {
+  const listeners = {};
+  Object.assign(window, {saved: [], sent: []});
+  const fire = (name, ...values) => (listeners[name] ?? []).slice().forEach((listener) => listener(...values));
+  window.model = {
+    get: (name) => structuredClone(traits[name]), set: (name, value) => { traits[name] = structuredClone(value) },
+    save_changes: () => window.saved.push(structuredClone(traits.state)), send: (message) => window.sent.push(message),
+    on: (name, listener) => { (listeners[name] ??= []).push(listener) },
+    off: (name, listener) => { listeners[name] = (listeners[name] ?? []).filter((each) => each !== listener) } };
+  window.tell = (name, value) => {
+    if (name === 'message') return fire('msg:custom', value);
+    traits[name] = value; fire('change:' + name, window.model, value); };
+  window.lab = await import(URL.createObjectURL(new Blob([source], {type: 'text/javascript'})));
+  window.end = window.lab.default.render({model: window.model, el: document.getElementById('place')});
 }"""
-SLIDER = ".jp-OutputArea-output .widget-slider:not(:has([disabled]))"
-# When a key went down, and when the next picture stood loaded: the page's own clock, which no polling slows down.
-WATCH = """() => {
-  window.pressed = window.drawn = null;
-  document.addEventListener('keydown', () => { window.pressed = performance.now() }, {capture: true, once: true});
-  document.addEventListener('load', () => { window.drawn ??= performance.now() }, {capture: true, once: true});
-}"""
-LATENCY = 1.0   # seconds from a key to its picture; 0.05 to 0.3 on an idle machine
 ERRORS = ", ".join(f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("stderr", "error"))
 
 
@@ -70,6 +69,32 @@ def chromium():
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS, headless=True)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def open_lab(chromium):
+    """``page = open_lab(lab)``: the lab's module in a page without a kernel; yields the Playwright page.
+
+    What the module saves is in ``window.saved``, what it sends in ``window.sent``; ``window.tell(name, value)`` is the
+    kernel's side: it sets a trait, or sends a message.
+    """
+    pages = []
+
+    def opened(lab, width=1000, height=900, dark=False):
+        page = chromium.new_page(viewport={"width": width, "height": height})
+        pages.append(page)
+        page.failures = []
+        page.on("pageerror", lambda error: page.failures.append(str(error)))
+        page.set_default_timeout(20_000)
+        page.set_content(PLAIN_PAGE.replace("BACK", "#111111" if dark else "#ffffff"))
+        traits = {name: value for name, value in lab.get_state().items() if not name.startswith("_")}
+        page.evaluate(START, [lab._esm, traits])
+        return page
+    yield opened
+    failures = [failure for page in pages for failure in page.failures]
+    for page in pages:
+        page.close()
+    assert not failures, failures
 
 
 @pytest.fixture(scope="session")
@@ -131,28 +156,30 @@ def pytest_terminal_summary(terminalreporter):
     reports = [report for reports in terminalreporter.stats.values() for report in reports
                if getattr(report, "when", "") == "call"]
     lines = [f"{said}  {report.nodeid}" for report in reports for name, said in report.user_properties
-             if name == "key to picture"]
+             if name == "run all to a lab in use"]
     if lines:
-        terminalreporter.section("from a key to its picture")
+        terminalreporter.section("from Run all to a lab in use")
         terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture
 def open_notebook(lab, chromium, tmp_path, record_property):
-    """``with open_notebook(path) as page:`` opens a copy without outputs, its kernel ready; yields a `NotebookPage`."""
+    """``with open_notebook(path) as page:`` opens a copy without outputs (``stored=True``: with them), its kernel
+    ready; yields a `NotebookPage`.
+    """
     served, address, token = lab
 
     @contextmanager
-    def opened(path: Path):
+    def opened(path: Path, stored: bool = False):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         for cell in content["cells"]:
-            if cell["cell_type"] == "code":
+            if cell["cell_type"] == "code" and not stored:
                 cell.update(outputs=[], execution_count=None)   # what is seen later was made here
         name = f"{secrets.token_hex(4)}_{Path(path).name}"
         (served / name).write_text(json.dumps(content), encoding="utf-8")
         page = chromium.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(180_000)
-        notebook = NotebookPage(page, record_property)
+        notebook = NotebookPage(page, name, record_property)
         try:
             page.goto(f"{address}/lab/workspaces/{name[:8]}/tree/{name}?token={token}", wait_until="commit")
             page.wait_for_selector(".jp-Notebook .jp-CodeCell")
@@ -184,19 +211,27 @@ def open_cell(open_notebook, tmp_path):
 
 
 class NotebookPage:
-    """A notebook in the browser: run it, look at its pictures, move its sliders that are not locked."""
+    """A notebook in the browser: run it, and move its labs."""
 
-    def __init__(self, page, record):
-        self.page, self.record, self.script_errors = page, record, []
+    def __init__(self, page, name: str, record):
+        self.page, self.name, self.record, self.script_errors = page, name, record, []
         page.on("pageerror", lambda error: self.script_errors.append(str(error)))
 
-    def run_all(self, timeout: float = 600) -> None:
-        """Run every cell, as the Run menu does, and wait until the last picture stands still."""
+    def start(self) -> None:
+        """Run every cell, as the Run menu does, without waiting for the end."""
         self.page.evaluate("() => { window.ran = false; window.jupyterapp.commands.execute('notebook:run-all-cells')"
                            ".then(() => { window.ran = true }) }")
+
+    def finish(self, timeout: float = 600) -> None:
         self.page.wait_for_function("() => window.ran", timeout=1000 * timeout)
         self.page.wait_for_function(IDLE, timeout=1000 * timeout)
-        self.settle()
+
+    def run_all(self, timeout: float = 600) -> None:
+        self.start()
+        self.finish(timeout)
+
+    def ran(self) -> bool:
+        return self.page.evaluate("() => window.ran")
 
     def restart_kernel(self) -> None:
         """As the Kernel menu does, without its question."""
@@ -206,108 +241,28 @@ class NotebookPage:
     def idle(self) -> bool:
         return self.page.evaluate(IDLE)
 
-    def click(self, button: str) -> None:
-        """Click a widget's button by its text."""
-        self.page.locator(".jp-OutputArea-output").get_by_role("button", name=button, exact=True).click()
-
     def errors(self) -> list[str]:
         return self.page.locator(ERRORS).all_inner_texts()
 
-    def text(self) -> str:
-        """What the widgets say about their pictures."""
-        return "\n".join(self.page.locator(".jp-OutputArea-output [role=status]").all_inner_texts())
+    def lab(self, index: int = 0):
+        return self.page.locator(".lora-lab").nth(index)
 
-    def pictures(self) -> list[str]:
-        return [hashlib.sha256(pixels.encode()).hexdigest()[:12] for pixels in self.page.evaluate(PIXELS)]
-
-    def settle(self, quiet: float = 0.6, timeout: float = 60) -> list[str]:
-        """Wait until the pictures stand still (a drag sends many values), and return them."""
-        end, last, since = time.monotonic() + timeout, None, time.monotonic()
-        while time.monotonic() < end:
-            now = self.pictures()
-            if now != last:
-                last, since = now, time.monotonic()
-            elif now and time.monotonic() - since > quiet:
-                return now
-            self.page.wait_for_timeout(50)
-        raise TimeoutError("the pictures never stood still" if last else "there is no picture on the page")
-
-    def check_slider(self, index: int = 0, timeout: float = 30) -> None:
-        """Move a slider by key, then by drag: each time the handle moves, a picture changes, and no error appears.
-
-        One key of three must become a picture within a second; the fastest is printed at the end of the run.
-        """
-        handle = self.handle(index)
-        handle.scroll_into_view_if_needed()
-        errors = self.errors()
-        for move in (self._press, self._drag):
-            before, value = self.settle(), handle.get_attribute("aria-valuenow")
-            move(handle, index)
-            self._wait_for_change(before, move.__name__.strip("_"), timeout)
-            assert handle.get_attribute("aria-valuenow") != value, "the handle did not move"
-            if move == self._press:
-                self._check_latency(handle, index, timeout)
-        self.settle()
-        assert self.errors() == errors, "moving the slider put an error on the page"
-        assert not re.search("cannot be drawn", self.text()), self.text()
-
-    def check_text(self, index: int, timeout: float = 30) -> None:
-        """Move a slider that has no picture by a key: the line on the page goes on."""
-        handle, before = self.handle(index), self.text()
-        handle.scroll_into_view_if_needed()
-        self._press(handle, index)
-        end = time.monotonic() + timeout
-        while self.text() == before and time.monotonic() < end:
-            self.page.wait_for_timeout(50)
-        assert self.text() != before, "no text changed"
-
-    def handle(self, index: int):
-        return self.page.locator(f"{SLIDER} .noUi-handle").nth(index)
-
-    def sliders(self) -> list[str]:
-        """What stands before each slider."""
-        return self.page.locator(f"{SLIDER} .widget-label").all_inner_texts()
-
-    def _check_latency(self, handle, index: int, timeout: float) -> None:
-        """Of the key just pressed, or of two more: another program may have held the machine during one."""
-        seconds = [self._latency(timeout)]
-        while seconds[-1] >= LATENCY and len(seconds) < 3:
-            self.settle()
-            self._press(handle, index)
-            seconds.append(self._latency(timeout))
-        self.record("key to picture", f"{min(seconds):.2f} s  {self.sliders()[index]}")
-        assert min(seconds) < LATENCY, (
-            f"a key needs {min(seconds):.2f} s to become a picture: should be under {LATENCY:g} s"
-        )
-
-    def _latency(self, timeout: float) -> float:
-        self.page.wait_for_function("() => window.drawn", timeout=1000 * timeout)
-        return self.page.evaluate("() => window.drawn - window.pressed") / 1000
-
-    def _wait_for_change(self, before: list[str], how: str, timeout: float) -> None:
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            now = self.pictures()
-            if len(now) == len(before) and now != before:   # while a picture is replaced there may be one less
-                return
-            self.page.wait_for_timeout(50)
-        raise AssertionError(f"{how}: no picture changed")
-
-    def _press(self, handle, index: int) -> None:
-        handle.focus()
-        self.page.evaluate(WATCH)
-        self.page.keyboard.press("ArrowLeft" if self._share(handle) > 0.5 else "ArrowRight")
-
-    def _drag(self, handle, index: int) -> None:
-        box = handle.bounding_box()
-        track = self.page.locator(f"{SLIDER} .noUi-target").nth(index).bounding_box()
-        height = box["y"] + box["height"] / 2
-        self.page.mouse.move(box["x"] + box["width"] / 2, height)
-        self.page.mouse.down()
-        self.page.mouse.move(track["x"] + track["width"] * (0.1 if self._share(handle) > 0.5 else 0.9), height, steps=5)
-        self.page.mouse.up()
-
-    def _share(self, handle) -> float:
-        """Where the handle stands, from 0 (left) to 1 (right)."""
-        low, now, high = (float(handle.get_attribute(f"aria-value{name}")) for name in ("min", "now", "max"))
-        return (now - low) / (high - low)
+    def check_lab(self, index: int, wait: float = 2.0) -> bool:
+        """Move each slider of a lab that is not locked, by key: it says something else, and keeps the focus."""
+        lab = self.lab(index)
+        sliders = lab.locator("input[type=range]:not([disabled])")
+        for i in range(sliders.count()):
+            slider = sliders.nth(i)
+            if not slider.is_visible():
+                continue
+            slider.scroll_into_view_if_needed()
+            before, value = lab.locator(".say").inner_text(), int(slider.input_value())
+            slider.focus()
+            self.page.keyboard.press("ArrowLeft" if value else "ArrowRight")
+            assert int(slider.input_value()) != value, "the handle did not move"
+            end = time.monotonic() + wait
+            while lab.locator(".say").inner_text() == before:
+                assert time.monotonic() < end, f"lab {index}, slider {i} says the same: {before}"
+                self.page.wait_for_timeout(20)
+            assert slider.evaluate("node => node === document.activeElement"), "the focus left the slider"
+        return sliders.count() > 0

@@ -1,118 +1,199 @@
-"""The live trainer in a real browser: play, pause, keys during play, reset, a kernel that was restarted; and
-controls cut off.
-"""
+"""The live trainer: its module in a page whose kernel is the test, and the whole of it in a real JupyterLab."""
 import re
 import time
 
 import pytest
 
-pytestmark = [pytest.mark.browser, pytest.mark.full]
+from lora_edu.course.labs.trainer import live_trainer
+
+pytestmark = pytest.mark.browser
 
 TRAINER = """
 from IPython.display import display
 from lora_edu.course import live_trainer
-trainer = live_trainer()
-box = trainer.box
+box = live_trainer()
 """
-DISCONNECTED = TRAINER + "trainer.play.unobserve_all()\ntrainer.controls['rank'].unobserve_all()\n"
 
+
+@pytest.fixture(scope="module")
+def trainer():
+    return live_trainer()
+
+
+@pytest.fixture
+def page(trainer, open_lab):
+    return open_lab(trainer, width=1024, height=700)
+
+
+def said(page) -> str:
+    return page.locator(".say").inner_text()
+
+
+def run(done=10, complete=False, name="r 8", **more) -> dict:
+    points = [[0, 4.15, 3.1], [10, 1.5, 3.6]][:1 + (done >= 10)]
+    return {"name": name, "look": 0, "done": done, "steps": 100, "losses": [4.0 - 0.1 * i for i in range(done)],
+            "points": points, "sigma": [2.0, 1.0], "watched": "model.layers.2.self_attn.o_proj", "sample": None,
+            "prompt": "name: Clover", "slots": None, "cards": 40, "diverged": None, "complete": complete, "skipped": 0,
+            } | more
+
+
+def tell(page, now=None, earlier=(), problem="", ended=False):
+    page.evaluate("(runs) => window.tell('runs', runs)", {"now": now, "earlier": list(earlier), "problem": problem,
+                                                          "ended": ended})
+
+
+def sent(page) -> list:
+    return [message["do"] for message in page.evaluate("() => window.sent")]
+
+
+def answer(page, done="tick", stop=False):
+    page.evaluate("(message) => window.tell('message', message)", {"done": done, "stop": stop})
+
+
+def test_play_sends_a_tick_only_after_the_answer_and_pause_stops(page):
+    play = page.get_by_role("button", name="Play")
+    play.click()
+    assert sent(page) == ["tick"] and page.get_by_role("button", name="Pause").get_attribute("aria-pressed") == "true"
+    page.wait_for_timeout(200)
+    assert sent(page) == ["tick"], "no second tick before the answer"
+    tell(page, run(3))
+    answer(page)
+    page.wait_for_function("() => window.sent.length === 2")
+    page.get_by_role("button", name="Pause").click()
+    answer(page)
+    page.wait_for_timeout(200)
+    assert sent(page) == ["tick", "tick"] and "step 3 of 100" in said(page)
+
+
+def test_a_kernel_that_is_busy_is_named_and_one_that_was_interrupted_pauses(page):
+    page.get_by_role("button", name="Play").click()
+    page.get_by_text("waiting for the kernel: another cell is running").wait_for()
+    tell(page, run(12), problem="interrupted at step 12; press Play to go on")
+    answer(page, stop=True)
+    assert said(page).startswith("interrupted at step 12; press Play to go on")
+    page.get_by_role("button", name="Play").click()
+    page.wait_for_function("() => window.sent.length === 2")
+
+
+def test_the_end_of_a_run_stops_the_clock_and_an_ended_trainer_says_so(page):
+    page.get_by_role("button", name="Play").click()
+    tell(page, run(100, complete=True, slots=0.5, sample=[100, "Clover is cheap."]))
+    answer(page)
+    page.wait_for_timeout(150)
+    assert sent(page) == ["tick"] and page.get_by_role("button", name="Play").count()
+    assert "Clover is cheap." in page.locator(".lora-lab").inner_text() and "slots 50%" in said(page)
+    tell(page, ended=True)
+    assert said(page).startswith("this trainer has ended: its cell was run again")
+    assert page.locator("[data-name=play]").get_attribute("aria-disabled") == "true"
+
+
+def test_a_page_that_goes_away_stops_its_clock(page):
+    page.get_by_role("button", name="Play").click()
+    page.evaluate("() => window.end()")
+    answer(page)
+    page.wait_for_timeout(150)
+    assert sent(page) == ["tick"]
+
+
+def test_alpha_follows_the_rank_under_2r_and_is_locked(page):
+    rank, alpha = page.get_by_role("slider", name="rank r"), page.get_by_role("slider", name="alpha")
+    rank.press("End")
+    assert alpha.get_attribute("aria-valuetext") == "alpha 128" and alpha.is_disabled()
+    page.get_by_role("button", name="alpha fixed").click()
+    assert alpha.is_enabled()
+    alpha.press("Home")
+    assert "scaling = alpha / r = 0.02" in said(page)
+    page.get_by_role("button", name="rsLoRA").click()
+    assert "scaling = alpha / √r = 0.13" in said(page)
+
+
+def test_the_record_is_drawn_pale_unless_the_reader_guesses_first(page, trainer):
+    assert page.get_by_text("the record", exact=True).count() == 1
+    cell = next(each for each in trainer.data["record"]["grid"] if (each["rule"], each["rank"], each["lr"]) ==
+                ("2r", 8, 0.008) and each["task"] == "bistro")
+    found = page.evaluate("() => window.lab.recorded(window.model.get('data').record, window.model.get('state')).path")
+    assert found == cell["path"]
+    page.get_by_role("slider", name="rank r").press("ArrowLeft")
+    assert "the record has no such setting" in said(page) and page.get_by_text("the record", exact=True).count() == 0
+    page.get_by_role("slider", name="rank r").press("ArrowRight")
+    page.get_by_role("button", name="guess first").click()
+    assert page.get_by_text("the record", exact=True).count() == 0
+    page.get_by_role("slider", name="my guess of the end").press("Home")
+    tell(page, run(100, complete=True))
+    assert "you guessed 0.00 at the end, it is 1.50" in said(page)
+    assert page.get_by_text("the record", exact=True).count() == 1, "after the run it is shown"
+
+
+def test_a_guess_can_be_drawn(page):
+    page.get_by_role("button", name="guess first").click()
+    box = page.locator("svg[role=img]").first.bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + 40)
+    page.mouse.down()
+    for share in (0.3, 0.6, 0.9):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 60 + 80 * share)
+    page.mouse.up()
+    drawn = page.evaluate("() => window.saved.at(-1).drawn")
+    assert len(drawn) >= 3 and [step for step, _ in drawn] == sorted(step for step, _ in drawn)
+    assert drawn[0][1] > drawn[-1][1], "down is a smaller loss"
+
+
+def test_controls_and_samples_are_above_the_fold(page):
+    tell(page, run(25, name="r 64", look=1, sample=[25, "Clover is a house."]), [run(100, complete=True, slots=0.5,
+                                                                                 sample=[100, "Clover is cheap."])])
+    for text in ("Clover is a house.", "Clover is cheap."):
+        box = page.get_by_text(text).bounding_box()
+        assert box["y"] + box["height"] < 500
+    assert page.locator("svg[role=img]").first.bounding_box()["y"] < 500
+    assert page.evaluate("() => document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_axe_finds_nothing_serious(page):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    tell(page, run(25), [run(100, complete=True, slots=0.5)])
+    found = axe.Axe().run(page).response["violations"]
+    assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
+
+
+# -- in JupyterLab -----------------------------------------------------------------------------------------------------
 
 def step(page) -> int:
-    return int(re.search(r"^step (\d+) of 100", page.text(), re.MULTILINE)[1])
+    found = re.search(r"^(?:interrupted at )?step (\d+)", page.lab(0).locator(".say").inner_text())
+    return int(found[1]) if found else -1
 
 
-def batch_loss(page) -> float | None:
-    found = re.search(r"loss of the step's batch ([\d.]+)", page.text())
-    return float(found[1]) if found else None
-
-
-def wait_until(page, true, what: str, timeout: float) -> None:
+def wait_until(page, true, what: str, timeout: float = 60) -> None:
     end = time.monotonic() + timeout
     while not true():
-        assert time.monotonic() < end, f"{what}. The page says: {page.text()}"
+        assert time.monotonic() < end, f"{what}. The page says: {page.lab(0).locator('.say').inner_text()}"
         page.page.wait_for_timeout(50)
 
 
-def press_play(page) -> None:
-    """Play, or pause: one button."""
-    page.page.locator(".widget-play button").first.click()
-
-
-def check_play(page, timeout: float = 60) -> None:
-    """Play trains: steps are done, the loss in the text falls, the picture changes."""
-    pictures = page.settle()
-    press_play(page)
-    wait_until(page, lambda: batch_loss(page), "play: no step was done", timeout)
-    first = batch_loss(page)
-    wait_until(page, lambda: batch_loss(page) < first - 0.5, f"play: the loss did not fall from {first}", timeout)
-    assert page.pictures() != pictures
-
-
-def check_pause(page, timeout: float = 30) -> None:
-    """After pause the tick under way may end; then nothing moves, and the kernel rests."""
-    press_play(page)
-    seen, end, busy = [step(page)], time.monotonic() + timeout, time.monotonic()
-    while time.monotonic() < busy + 1:
-        if step(page) != seen[-1]:
-            seen.append(step(page))
-        if not page.idle():
-            busy = time.monotonic()
-        assert len(seen) <= 2 and busy < end, f"pause: the steps shown afterwards were {seen}"
-        page.page.wait_for_timeout(20)
-
-
-def check_what_is_said(page) -> None:
-    """The text's settings are those beside the sliders, and nothing went wrong."""
-    rank, alpha, lr = page.page.locator(".jp-OutputArea-output .widget-readout").all_inner_texts()
-    assert f", r {rank}, alpha {alpha} (2r), lr {lr}" in page.text().splitlines()[1] and int(alpha) == 2 * int(rank)
-    assert page.errors() == [] and not re.search("ended with an error|cannot be drawn", page.text()), page.text()
-
-
-def check_keys_during_play(page, timeout: float = 60) -> None:
-    """Fifty keys on the rank while it trains: the last setting is the one that is trained."""
-    press_play(page)
-    page.handle(0).focus()
-    before = page.handle(0).get_attribute("aria-valuenow")
-    for key in 5 * (7 * ["ArrowRight"] + 3 * ["ArrowLeft"]):
-        page.page.keyboard.press(key)
-    wait_until(page, lambda: step(page) >= 2, "keys during play: the last setting was not trained", timeout)
-    assert page.handle(0).get_attribute("aria-valuenow") != before
-    check_pause(page)
-    check_what_is_said(page)
-
-
-def test_the_trainer_trains_pauses_follows_its_sliders_and_survives_a_restart(open_cell):
+@pytest.mark.full
+def test_the_trainer_trains_is_interrupted_goes_on_and_survives_its_cell(open_cell):
     with open_cell(TRAINER) as page:
         page.run_all()
+        play = page.lab(0).locator("[data-name=play]")
+        play.click()
+        wait_until(page, lambda: step(page) >= 3, "play: no steps")
+        page.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.interrupt()")
+        wait_until(page, lambda: "interrupted at step" in page.lab(0).locator(".say").inner_text(), "not interrupted")
+        at = step(page)
+        play.click()
+        wait_until(page, lambda: step(page) > at, "play after an interrupt: it does not go on")
+        page.lab(0).get_by_role("slider", name="rank r").press("ArrowLeft")
+        old = "r 8, alpha 16 (2r), lr 0.008, as recorded: "
+        wait_until(page, lambda: old in page.lab(0).inner_text(), "no old curve")
+        play.click()                                         # pause
+        page.page.wait_for_timeout(500)
+        now = step(page)
+        page.page.wait_for_timeout(1000)
+        assert step(page) == now, "after pause nothing moves"
+        page.run_all()                                       # the cell again: another trainer, and no ghost
         assert step(page) == 0
-        check_play(page)
-        check_pause(page)
-        check_what_is_said(page)
-        done = step(page)
-        page.click("one step")
-        wait_until(page, lambda: step(page) == done + 1, "one step: not one step further", timeout=30)
-
-        done, loss = step(page), batch_loss(page)
-        page.check_slider(0)     # a new setting: the run so far stays, as it was
-        assert f"r 8, alpha 16 (2r), lr 0.008: {done} of 100 steps, batch {loss:.3f};" in page.text()
-        assert step(page) == 0
-        check_keys_during_play(page)
-        assert f"r 8, alpha 16 (2r), lr 0.008: {done} of 100 steps, batch {loss:.3f};" in page.text()
-
-        page.click("reset")
-        wait_until(page, lambda: step(page) == 0, "reset: not back at step 0", timeout=30)
-        check_what_is_said(page)
+        page.lab(0).locator("[data-name=step]").click()
+        wait_until(page, lambda: step(page) == 1, "one step of the new trainer")
+        assert page.errors() == []
         page.restart_kernel()
         page.run_all()
-        assert step(page) == 0 and "earlier" not in page.text()
-        check_play(page)
-
-
-def test_a_trainer_whose_controls_are_cut_off_fails_the_same_checks(open_cell):
-    """The proof that the checks can fail: the handle moves and the clock runs, and nothing answers them."""
-    with open_cell(DISCONNECTED) as page:
-        page.run_all()
-        with pytest.raises(AssertionError, match="press: no picture changed"):
-            page.check_slider(0, timeout=2)
-        with pytest.raises(AssertionError, match="play: no step was done"):
-            check_play(page, timeout=4)
+        page.lab(0).locator("[data-name=play]").click()
+        wait_until(page, lambda: step(page) >= 2, "after a restart: no steps")

@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 500_000   # bytes
+# a picture without words is none
+PICTURE_IN_HTML = re.compile(r'<img alt="[^"]+" [^>]*src="data:image/png;base64,\w')
 # a path of some machine: /home/..., /Users/..., C:\...
 PATHS = re.compile(r"(?<![\w/.:])/(?:home|root|tmp|usr|var|opt|mnt|work|content|Users|private)/\w|\b[A-Z]:\\\w")
 
@@ -22,7 +24,12 @@ def text_of(output):
     """Everything in an output that a reader could read, pictures left out."""
     data = output.get("data", {})
     pieces = [output.get("text", ""), *(value for kind, value in data.items() if not kind.startswith("image/p"))]
-    return "\n".join("".join(piece) if isinstance(piece, list) else str(piece) for piece in pieces)
+    text = "\n".join("".join(piece) if isinstance(piece, list) else str(piece) for piece in pieces)
+    return re.sub(r'src="data:image/png;base64,[^"]*"', "", text)
+
+
+def html_of(output):
+    return "".join(output.get("data", {}).get("text/html", ""))
 
 
 def complaints(notebook):
@@ -50,9 +57,11 @@ def cell_complaints(cell):
         yield "an error is stored"
     if re.search(r"\bpyplot\b|\bpylab\b|%matplotlib", "".join(cell["source"])):
         yield "uses pyplot"
-    if re.search(r"(?<![\w.])(?<!def )show\(", source) and not any("image/png" in output.get("data", {})
+    if re.search(r"(?<![\w.])(?<!def )show\(", source) and not any(PICTURE_IN_HTML.search(html_of(output))
                                                                    for output in outputs):
         yield "calls show() and has no picture"
+    if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs):
+        yield "stores a widget's view, which is an error message without its kernel"
     if any(PATHS.search(text_of(output)) for output in outputs):
         yield "prints a path of the machine it ran on"
     if "NBVAL_" in "".join(cell["source"]):
@@ -107,7 +116,10 @@ def test_pyplot_is_found(source, found):
 # Each complaint is provoked once, in a notebook that is fine otherwise.
 
 PICTURE = {"output_type": "display_data", "metadata": {},
-           "data": {"image/png": "iVBOR/home/x", "text/plain": ["<Figure>"]}}
+           "data": {"text/html": ['<img alt="a line" src="data:image/png;base64,iVBOR/home/x">'],
+                    "text/plain": ["<Figure>"]}}
+VIEW = {"output_type": "display_data", "metadata": {},
+        "data": {"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": ["VBox()"]}}
 
 
 def stream(text):
@@ -147,6 +159,7 @@ def change_cell(**changes):
     (change_cell(source=["import matplotlib.pyplot as plt"]), "pyplot"),
     (change_cell(source=["%matplotlib inline"]), "pyplot"),
     (change_cell(source=["x = 1\n"] * 15 + ["x"]), "16 lines"), (change_cell(source=["x" * 101]), "101 columns"),
+    (change_cell(outputs=[VIEW]), "widget's view"),
     (change_cell(source=["x = 1\n", "show(x)"]), "no picture"), (change_cell(source=["f(show(x))"]), "no picture"),
     (change_cell(outputs=[stream("saved to /home/ada/x.pt\n")]), "path"),
     (change_cell(outputs=[stream("C:\\Users\\ada\n")]), "path"),

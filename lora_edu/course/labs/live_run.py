@@ -6,8 +6,11 @@ nothing else: measuring belongs to fixed steps, and a step counts when all that 
 and how often, decides when something is seen and never what.
 """
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +21,7 @@ from lora_edu.lora.layer import LoRALinear
 from lora_edu.lora.settings import LoRASettings
 from lora_edu.training import bistro
 from lora_edu.training.corpora import completions
-from lora_edu.training.loop import Batch, Diverged, Step, evaluate, sixteen_bits, train
+from lora_edu.training.loop import Batch, Diverged, Step, evaluate, train
 
 EVERY, SAMPLE_EVERY = 10, 25     # steps between two measurements, and between two samples
 SAMPLE, EXAM = 48, 4             # tokens of a sample; prompts of the exam that are answered in one piece of work
@@ -34,6 +37,8 @@ class Lesson:
         heldout, tales: small fixed batches of the task and of tales; each batch is a piece of work, so let it have
             about 8 rows.
         cards: bistro's test cards for the exam at the end; empty for a task without slots.
+        every: steps between two measurements. autocast: what the products are computed in, torch.bfloat16 or
+            torch.float16; None: as the model is. steps: length of a run, where the lesson fixes it.
     """
 
     tokenizer: object
@@ -42,6 +47,9 @@ class Lesson:
     heldout: list[Batch]
     tales: list[Batch]
     cards: list[bistro.Card]
+    every: int = EVERY
+    autocast: torch.dtype | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,8 @@ class LiveRun:
         done, steps, complete: steps done, of how many; complete is True when there is nothing left to do, the exam
             included.
         losses: one for each step done, that of the step's batch before its update, nats per token.
-        points: held-out and tales loss before the first step (known from step 1 on), at every 10th and at the last
-            step.
+        points: held-out and tales loss before the first step (known from step 1 on), at every
+            `lesson.every`-th and at the last step.
         samples: (step, text) at every 25th and at the last step.
         sigma: singular values of scaling * B A of the matrix `watched`, largest first, after the steps done.
         skipped: how many of the steps done overflowed in float16 and moved nothing.
@@ -96,9 +104,10 @@ class LiveRun:
         self.sigma = [0.0] * adapter.rank
         self._work = self._pieces(adapter)
 
-    def advance(self, target: int | None = None, seconds: float = 0.2) -> int:
-        """Work until `target` steps are done (None: to the end, the exam included) or for about `seconds`; returns the
-        steps done.
+    def advance(self, target: int | None = None, seconds: float = 0.2,
+                stop: Callable[[], bool] = lambda: False) -> int:
+        """Work until `target` steps are done (None: to the end, the exam included), for about `seconds`, or until
+        `stop()` says so after a piece; returns the steps done.
 
         At least one piece of work is done, if there is any. After an exception the run cannot go on: build another.
         """
@@ -108,7 +117,7 @@ class LiveRun:
             next(self._work)
             now = time.perf_counter()
             # another such piece would end further from the mark than this one
-            if now - began + (now - last) / 2 > seconds:
+            if now - began + (now - last) / 2 > seconds or stop():
                 break
         return self.done
 
@@ -120,13 +129,11 @@ class LiveRun:
     def _pieces(self, adapter: LoRASettings) -> Generator[None, None, None]:
         """All the work, a pause after each piece; what belongs to a step is published together."""
         before = yield from self._measure(0)
-        # float32 on a CPU, whichever it is
-        autocast = sixteen_bits(self.device) if self.device.type == "cuda" else None
-        batches = self.lesson.batches(self.steps, adapter.seed)
+        batches, autocast = self.lesson.batches(self.steps, adapter.seed), self.lesson.autocast
         for step in self._until_diverged(train(self.model, batches, self.steps, adapter.lr, autocast=autocast)):
             last, found, sample = step.step == self.steps, [] if self.points else [before], []
             sigma = singular_values(self.model.get_submodule(self.watched))
-            if last or step.step % EVERY == 0:
+            if last or step.step % self.lesson.every == 0:
                 yield
                 found.append((yield from self._measure(step.step)))
             if last or step.step % SAMPLE_EVERY == 0:
@@ -173,6 +180,23 @@ class LiveRun:
             yield
         if cards:
             self.slots = bistro.slot_accuracy(texts, cards).slots
+
+
+@contextmanager
+def waiting_interrupt() -> Iterator[Callable[[], bool]]:
+    """While it lasts, an interrupt of the kernel is noted and not raised, so that no piece of work is torn; yields a
+    function that says whether one came. Outside the main thread, which is the only one that is interrupted, it never
+    does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def middle(names: list[str]) -> str:

@@ -1,26 +1,36 @@
 """The rank-r picture: a slider over the rank of a compressed grey picture."""
-import ipywidgets
+import base64
+
 import numpy as np
 
-from lora_edu.course.figures.matrices import plot_picture_ranks
-from lora_edu.course.page.widgets import picture_with_controls
+from lora_edu.course.figures.matrices import as_matrix, plot_picture_ranks
+from lora_edu.course.labs.lab import Lab
 
 
-def rank_picture(image, rank: int = 8, title: str = "Few numbers make a recognisable picture") -> ipywidgets.VBox:
-    """A slider over the rank of a compressed grey picture, (height, width), drawn beside the original."""
-    pixels = np.asarray(image, dtype=float)
-    fig = plot_picture_ranks(pixels, ranks=(rank,), title=title, width=3.1)
+def rank_picture(image, rank: int = 8, title: str = "Few numbers make a recognisable picture") -> Lab:
+    """A slider over the rank of a compressed grey picture, (height, width), 0 to 1, drawn beside the original.
+
+    The ranks lie closer the smaller they are: every one up to 16.
+    """
+    pixels = as_matrix(image)
+    (height, width), most = pixels.shape, min(pixels.shape)
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank={rank} does not fit a {height} x {width} picture: choose 1 <= rank <= {most}.")
     U, S, Vh = np.linalg.svd(pixels, full_matrices=False)
-    part, full = fig.axes[1], np.linalg.norm(pixels)
+    ranks = [r for r in range(1, most + 1) if r in (rank, most) or r <= 16 or r % (1 << (r.bit_length() - 4) + 1) == 0]
+    data = {"title": title, "height": height, "width": width, "ranks": ranks, "values": S.tolist(),
+            "left": packed((U * S).T), "right": packed(Vh)}
+    return Lab("rank_picture", data, {"rank": rank}, in_words(pixels.shape, S, rank),
+               plot_picture_ranks(pixels, ranks=(rank,), title=title, width=2.3))
 
-    def update(rank):
-        part.images[0].set_data(U[:, :rank] * S[:rank] @ Vh[:rank])
-        count = rank * sum(pixels.shape)
-        part.set_title(f"rank {rank}\n{count:,} numbers", fontsize=10)
-        error = np.linalg.norm(S[rank:]) / full
-        return (f"rank {rank}: {rank} × ({pixels.shape[0]} + {pixels.shape[1]}) = {count:,} numbers in place of "
-                f"{pixels.size:,} ({count / pixels.size:.0%}); "
-                f"error {error:.1%} of the picture's size (Frobenius norm)")
 
-    return picture_with_controls(fig, update,
-                                 rank=ipywidgets.IntSlider(value=rank, min=1, max=len(S), description="rank r"))
+def packed(matrix) -> dict:
+    """A matrix for the page: 16 bits a number, row after row, and what one unit is worth."""
+    scale = float(np.abs(matrix).max() / 32767) or 1.0
+    return {"base64": base64.b64encode((matrix / scale).round().astype("<i2").tobytes()).decode(), "scale": scale}
+
+
+def in_words(shape: tuple[int, int], S, rank: int) -> str:
+    count, error = rank * sum(shape), np.linalg.norm(S[rank:]) / np.linalg.norm(S)
+    return (f"rank {rank}: {rank} × ({shape[0]} + {shape[1]}) = {count:,} numbers in place of {shape[0] * shape[1]:,} "
+            f"({count / (shape[0] * shape[1]):.0%}); error {error:.1%} of the picture's size (Frobenius norm)")

@@ -1,10 +1,12 @@
-"""The target picker: tick the layers that get an adapter, choose its rank, and see what it costs."""
-import ipywidgets
+"""The target picker: tick the matrices that get an adapter, choose its rank, and see what it costs."""
+from matplotlib.figure import Figure
 from torch import nn
 
-from lora_edu.course.page.show import BLUE, GREY, LABELS, new_figure
-from lora_edu.course.page.widgets import picture_with_controls
+from lora_edu.course.figures.curves import plot_bars
+from lora_edu.course.labs.lab import Lab
 from lora_edu.lora.targets import PROJECTIONS
+
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def target_sizes(model: nn.Module) -> dict[str, list[tuple[int, int]]]:
@@ -22,33 +24,29 @@ def target_sizes(model: nn.Module) -> dict[str, list[tuple[int, int]]]:
     return {name: sizes for name, sizes in found.items() if sizes}
 
 
-def target_picker(model: nn.Module, rank: int = 8, chosen=("q_proj", "v_proj")) -> ipywidgets.VBox:
-    """Tick the layers that get an adapter and choose its rank: what would be trained, counted from the layers'
+def target_picker(model: nn.Module, rank: int = 8, chosen=("q_proj", "v_proj"),
+                  title: str = "Attention and MLP: what an adapter on each costs") -> Lab:
+    """Tick the matrices that get an adapter and choose its rank: what would be trained, counted from the layers'
     sizes.
     """
     sizes = target_sizes(model)
-    frozen = sum(p.numel() for p in model.parameters())
     most = min(64, *(min(size) for group in sizes.values() for size in group))
-    sides = {name: sum(out + into for out, into in group) for name, group in sizes.items()}   # numbers at rank 1
-    fig, ax = new_figure(height=3.2, title="What each kind of layer costs", xlabel=LABELS["parameters"])
-    bars = ax.barh(list(sizes), [rank * side for side in sides.values()], height=0.6)
-    ax.set_xlim(0, 1.02 * most * max(sides.values()))   # fixed, so that bars grow with the rank
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
+    groups = {"attention": [name for name in sizes if name not in MLP], "MLP": [name for name in sizes if name in MLP]}
+    data = {"title": title, "groups": {group: names for group, names in groups.items() if names},
+            "sides": {name: sum(out + into for out, into in group) for name, group in sizes.items()},   # at rank 1
+            "frozen": sum(p.numel() for p in model.parameters()),
+            "ranks": [r for r in range(1, most + 1) if r in (rank, most) or r <= 16 or r % 4 == 0]}
+    state = {"rank": rank, "chosen": [name for name in sizes if name in chosen]}
+    return Lab("target_picker", data, state, in_words(data, **state), picture(data, rank))
 
-    def update(rank, **ticked):
-        for name, bar in zip(sizes, bars):
-            bar.set_width(rank * sides[name])
-            bar.set(facecolor=BLUE if ticked[name] else "white", edgecolor=BLUE if ticked[name] else GREY,
-                    linestyle="-" if ticked[name] else "--")
-        count = rank * sum(side for name, side in sides.items() if ticked[name])
-        names = ", ".join(name for name in sizes if ticked[name]) or "nothing"
-        return (f"rank {rank} on {names}: {count:,} trainable numbers, {count / (frozen + count):.2%} of "
-                f"{frozen + count:,}; the adapter is {4 * count:,} bytes in float32")
 
-    ticks = {name: ipywidgets.Checkbox(value=name in chosen, description=name, indent=False,
-                                       layout=ipywidgets.Layout(width="auto"))
-             for name in sizes}
-    slider = ipywidgets.IntSlider(value=rank, min=1, max=most, description="rank r")
-    return picture_with_controls(fig, update, rank=slider, **ticks)
+def in_words(data: dict, rank: int, chosen: list[str]) -> str:
+    count = rank * sum(data["sides"][name] for name in chosen)
+    total = data["frozen"] + count
+    return (f"rank {rank} on {', '.join(chosen) or 'nothing'}: {count:,} trainable numbers, {count / total:.2%} of "
+            f"{total:,}; the adapter is {4 * count:,} bytes in float32")
+
+
+def picture(data: dict, rank: int) -> Figure:
+    bars = {name: 3 * (rank * side,) for name, side in data["sides"].items()}
+    return plot_bars(bars, data["title"], xlabel="parameters")

@@ -139,11 +139,35 @@ def test_show_sends_the_png_with_a_text_that_holds_no_address(monkeypatch):
     fig = FIGURES["bars"]()
     assert show.show(fig) is None
     (data, more), = sent
-    assert set(data) == {"image/png", "text/plain"} and data["text/plain"] == "<figure: Placement decides>"
-    shown, drawn = base64.b64decode(data["image/png"]), show.png(FIGURES["bars"]())
+    assert set(data) == {"text/html", "text/plain"} and data["text/plain"] == "<figure: Placement decides>"
+    alt, width, png = re.fullmatch(r'<img alt="(.*)" width="(\d+)" src="data:image/png;base64,(.*)">',
+                                   data["text/html"]).groups()
+    assert alt == "Placement decides" and int(width) == round(100 * fig.get_figwidth()) and more == {"raw": True}
+    shown, drawn = base64.b64decode(png), show.png(FIGURES["bars"]())
     assert len(shown) < 0.6 * len(drawn)                        # 256 colours, and no other picture
     assert np.abs(pixels(shown) - pixels(drawn)).mean() < 1
-    assert more == {"raw": True, "metadata": {"image/png": {"alt": "Placement decides"}}}
+
+
+def test_show_says_what_the_picture_shows_to_who_does_not_see_it(monkeypatch):
+    sent = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **more: sent.append(data["text/html"]))
+    show.show(FIGURES["bars"](), alt='two bars, "a" < b')
+    assert '<img alt="two bars, &quot;a&quot; &lt; b" ' in sent[0]
+
+
+def test_a_title_that_is_cut_is_found_and_fails_where_claims_do(monkeypatch):
+    long = "a title that is far too long for a figure of this size, which is six inches wide, and no more than that"
+    for titles, cut in (({"title": "short"}, []), ({"title": long}, [long])):
+        fig, _ = show.new_figure(**titles)
+        show.png(fig)
+        assert show.titles_cut(fig) == cut
+    fig, _ = show.new_figure(title="short")
+    fig.suptitle(long)
+    monkeypatch.setenv("LORA_EDU_CLAIMS", "raise")
+    with pytest.raises(ValueError, match="is wider than its figure: shorten it"):
+        show.picture_html(fig)
+    monkeypatch.delenv("LORA_EDU_CLAIMS")
+    assert show.picture_html(fig).startswith("<img "), "a reader sees it all the same"
 
 
 def test_no_module_and_no_notebook_imports_pyplot():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_edu.course.labs import live_run, trainer_picture
+from lora_edu.course.labs import live_run
 from lora_edu.course.labs.live_run import Lesson, LiveRun, Point, middle, singular_values
 from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.inject import apply_lora
@@ -185,7 +185,6 @@ def test_a_gpu_without_bfloat16_trains_in_float16_and_counts_the_steps_it_skippe
     run = LiveRun(base, ADAPTER, lesson, STEPS)
     run.advance(12, seconds=math.inf)
     assert run.done == 12 and 0 < run.skipped <= 12 and run.diverged is None
-    assert f"{run.skipped} steps overflowed in float16 and were skipped" in trainer_picture._measured(run)
 
 
 def test_a_slice_ends_near_its_time(base, lesson, monkeypatch):
@@ -199,6 +198,22 @@ def test_a_slice_ends_near_its_time(base, lesson, monkeypatch):
         pieces.clear()
         run.advance()
         assert len(pieces) == count
+
+
+def test_it_stops_after_the_piece_that_is_under_way(base, lesson, monkeypatch):
+    run, pieces = LiveRun(base, ADAPTER, lesson, STEPS), []
+    run._work = (pieces.append(1) for _ in range(99))
+    run.advance(seconds=math.inf, stop=lambda: len(pieces) == 3)
+    assert len(pieces) == 3
+
+
+def test_a_lesson_may_say_how_often_is_measured_and_in_which_type(base, lesson, monkeypatch):
+    seen = []
+    monkeypatch.setattr(live_run, "train", lambda *args, **how: seen.append(how["autocast"]) or train(*args, **how))
+    own = Lesson(**vars(lesson) | {"every": 4, "autocast": torch.bfloat16})
+    run = LiveRun(base, ADAPTER, own, 9)
+    run.advance(seconds=math.inf)
+    assert [point.step for point in run.points] == [0, 4, 8, 9] and seen == [torch.bfloat16]
 
 
 def test_a_closed_run_keeps_what_it_found_and_does_no_more(base, lesson):

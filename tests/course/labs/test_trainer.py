@@ -1,19 +1,22 @@
-"""The trainer without a browser: controls and clock are moved by their values, and the text says what happened."""
-import ast
-import functools
+"""The trainer without a browser: the page's state is set, its messages are answered, and `runs` says what happened."""
+import gc
+import math
 import random
 import re
-from pathlib import Path
+import signal
 
 import pytest
+import torch
 
 from lora_edu.course.labs import trainer
 from lora_edu.course.labs.live_run import Lesson, LiveRun
-from lora_edu.course.labs.trainer import CLOCK, RATES, Trainer, live_trainer
+from lora_edu.course.labs.trainer import RATES, Trainer, live_trainer, setting_of
 from lora_edu.course.records.stored import load_record
+from lora_edu.lora.settings import RULES
 from lora_edu.lora.targets import PLACEMENTS
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro, corpora
+from lora_edu.training.tasks import TASKS
 from tests.lora.tiny import our_llama
 
 pytestmark = pytest.mark.slow
@@ -42,347 +45,254 @@ def lessons(base):
 def tr(base, lessons, monkeypatch):
     """A trainer of 12 steps on a tiny model, of which a tick does one piece of work."""
     advance = LiveRun.advance
-    monkeypatch.setattr(LiveRun, "advance", lambda run, target=None, seconds=0.0: advance(run, target, seconds))
-    monkeypatch.setattr(trainer, "TrainerPicture", picture)
-    monkeypatch.setattr(trainer, "png", what_is_drawn)
-    return Trainer(base, lessons.__getitem__, STEPS, "trained on a toy")
+    monkeypatch.setattr(LiveRun, "advance", lambda run, target=None, seconds=0.0, stop=lambda: False:
+                        advance(run, target, 0.0 if seconds == 0.2 else seconds, stop))
+    return Trainer(base, lambda name, like: lessons[name], STEPS, "trained on a toy")
 
 
-picture = functools.cache(trainer.TrainerPicture)     # building one takes long, and each draw sets all of its data
-
-
-def what_is_drawn(fig) -> bytes:
-    """In place of a PNG, which takes long: the data, limits and texts that one would show."""
-    lines = [(ax.get_xlim(), ax.get_ylim(), [line.get_xydata().tolist() for line in ax.lines]) for ax in fig.axes]
-    return repr((lines, [text.get_text() for text in fig.texts])).encode()
-
-
-def said(tr) -> str:
-    return re.sub("<[^>]*>", "", tr.text.value)
-
-
-def step(tr) -> int:
-    return int(re.search(r"^step (\d+) of \d+", said(tr), re.M)[1])
-
-
-def tick(tr, count: int = 1, by: int = 1):
-    for _ in range(count):
-        tr.play.value += by
+def ask(tr, what: str = "tick") -> dict:
+    """A message of the page, and the answer."""
+    said = []
+    tr.send = said.append
+    tr._handle_custom_msg({"do": what}, [])
+    return said[0]
 
 
 def play_to(tr, wanted: int):
-    for _ in range(200):
-        if step(tr) >= wanted:
+    for _ in range(300):
+        if tr.run and tr.run.done >= wanted:
             return
-        tick(tr)
-    raise AssertionError(f"200 ticks did not reach step {wanted}: {said(tr)}")
+        ask(tr)
+    raise AssertionError(f"300 ticks did not reach step {wanted}: {tr.runs}")
 
 
 def play_out(tr):
-    for _ in range(200):
-        if tr.play.max == tr.play.value:
+    for _ in range(300):
+        if tr.run and tr.run.complete:
             return
-        tick(tr)
-    raise AssertionError("the trainer did not end: " + said(tr))
+        ask(tr)
+    raise AssertionError(f"the trainer did not end: {tr.runs}")
 
 
-def state(tr):
-    return bytes(tr.image.value), tr.text.value
+def move(tr, **values):
+    tr.state = tr.state | values
 
 
-def settings(tr) -> tuple:
-    return tuple(control.value for control in tr.controls.values())
+def test_it_starts_with_nothing_done_and_says_what_would_be_trained(tr):
+    assert setting_of(tr.state)[:6] == ("bistro", "all-linear", "2r", 8, 16, 8e-3) and not tr.state["like"]
+    assert tr.runs == {"now": None, "earlier": [], "problem": "", "ended": False}
+    count = 4 * (16 + 16) + 3 * (16 + 24)
+    ask(tr)
+    assert tr.data["counts"]["all-linear"] == count and tr.run.report.trainable == 8 * count
+    assert tr._repr_mimebundle_()[0]["text/plain"].startswith("restaurants, r 8, alpha 16 (2r), lr 0.008: press Play")
 
 
-def test_it_starts_at_step_0_and_says_what_would_be_trained(tr):
-    assert settings(tr) == ("bistro", "all-linear", "2r", 8, 16, 8e-3)
-    count = 8 * (4 * (16 + 16) + 3 * (16 + 24))
-    assert said(tr) == ("step 0 of 12: press play, or one step\nrestaurants, all-linear, r 8, alpha 16 (2r), lr "
-                        f"0.008\nscaling = alpha / r = 2.00; {count:,} trainable parameters, {4 * count:,} bytes in "
-                        "float32; trained on a toy")
-    tick(tr)
-    assert tr.run.report.trainable == count and tr.run.report.adapter_bytes == 4 * count
+def test_what_is_told_is_what_the_run_found(tr):
+    play_out(tr)
+    now, run = tr.runs["now"], tr.run
+    assert now["losses"] == run.losses and now["losses"][0] > now["losses"][-1] and now["done"] == STEPS
+    assert now["points"] == [[p.step, p.heldout, p.tales] for p in run.points]
+    assert [step for step, *_ in now["points"]] == [0, 10, 12]
+    assert now["sigma"] == run.sigma and max(run.sigma) > 0 and now["complete"] and now["slots"] == 0
+    assert now["sample"] == (12, run.samples[-1][1]) and now["prompt"] == "" and now["cards"] == 4
 
 
-def test_playing_trains_and_pausing_stops(tr):
-    pictures = set()
-    for wanted in (1, 5, 10):
-        play_to(tr, wanted)
-        pictures.add(bytes(tr.image.value))
-    assert len(pictures) == 3 and tr.run.losses[0] > tr.run.losses[-1]
-    last, first = tr.run.points[-1], tr.run.points[0]
-    assert (f"loss of the step's batch {tr.run.losses[-1]:.3f} nats per token; measured at step 10: held-out "
-            f"{last.heldout:.3f} (before {first.heldout:.3f}), tales {last.tales:.3f} (before "
-            f"{first.tales:.3f})") in said(tr).replace("&#x27;", "'")
-    before = state(tr)
-    assert state(tr) == before, "no tick, no step"
-
-
-@pytest.mark.parametrize("by", [1, 3, 1000])
-def test_which_ticks_arrive_does_not_matter(tr, base, lessons, by):
-    """What the text and picture are at a step is a function of the step, whichever values the clock skips."""
-    other = Trainer(base, lessons.__getitem__, STEPS, "trained on a toy")
-    rng = random.Random(by)
-    for each, moves in ((tr, lambda: tick(tr)),
-                        (other, lambda: tick(other, by=by) if rng.random() < 0.7 else other.step_button.click())):
-        each.seen = {}
+@pytest.mark.parametrize("by", [0.3, 0.7])
+def test_how_often_is_asked_does_not_matter(tr, base, lessons, by):
+    """What is shown at a step is a function of the step, whether by ticks or by single steps."""
+    seen, rng = [], random.Random(1)
+    for chance in (1.0, by):
+        each, its = Trainer(base, lambda name, like: lessons[name], STEPS, "a toy"), {}
         while not each.run or not each.run.complete:
-            moves()
-            each.seen.setdefault((step(each), each.run.complete), state(each))
-    assert set(other.seen) <= set(tr.seen) and len(other.seen) > 5
-    assert all(tr.seen[key] == value for key, value in other.seen.items())
+            ask(each, "tick" if rng.random() < chance else "step")
+            its.setdefault((each.run.done, each.run.complete), each.runs["now"])
+        seen.append(its)
+    assert set(seen[1]) <= set(seen[0]) and len(seen[1]) > 5
+    assert all(seen[0][key] == value for key, value in seen[1].items())
 
 
 def test_one_step_is_one_step_then_the_exam_goes_on_in_slices(tr):
     for wanted in range(1, STEPS + 1):
-        tr.step_button.click()
-        assert step(tr) == wanted
-    assert "now the exam" in said(tr) and not tr.run.complete
+        assert ask(tr, "step") == {"done": "step", "stop": False} and tr.run.done == wanted
+    assert not tr.run.complete
     for _ in range(3):
-        tr.step_button.click()
-    assert "complete" in said(tr) and "slots right: 0% on 4 test prompts" in said(tr)
+        ask(tr, "step")
+    assert tr.run.complete
 
 
-def test_at_the_end_the_clock_is_at_its_end_and_new_settings_wind_it_up(tr):
-    play_out(tr)
-    assert step(tr) == STEPS and tr.play.max == tr.play.value < CLOCK
-    assert "complete; move a slider, or press reset" in said(tr)
-    assert f"(written at step {STEPS})" in said(tr)
-    tr.controls["rank"].value = 2
-    assert tr.play.max == CLOCK and step(tr) == 0
-    play_to(tr, 1)
-
-
-def test_a_moved_slider_leaves_the_old_curve_and_starts_a_new_one(tr):
+def test_a_moved_control_leaves_the_old_curve_and_starts_a_new_one(tr):
     play_to(tr, 5)
     old, kept = tr.run, [*tr.run.losses]
-    tr.controls["lr"].value = 0.064
-    assert step(tr) == 0 and "earlier: restaurants, all-linear, r 8, alpha 16 (2r), lr 0.008: 5 of 12 steps" in said(tr)
+    move(tr, lr=0.064)
+    assert tr.run is None and tr.runs["now"] is None and old.model is None, "its model is freed"
     play_out(tr)
-    assert old.losses == kept and tr.run is not old and tr.run.losses[4] != kept[4]
-    labels = [text.get_text() for _, text in tr.picture.names]
-    assert labels[:3] == ["now: restaurants, all-linear, r 8, alpha 16 (2r), lr 0.064",
-                          "restaurants, all-linear, r 8, alpha 16 (2r), lr 0.008", ""]
-    assert list(tr.picture.batches[1].get_ydata()) == kept and list(tr.picture.batches[0].get_ydata()) == tr.run.losses
+    (earlier,), now = tr.runs["earlier"], tr.runs["now"]
+    assert earlier["losses"] == kept and now["losses"][4] != kept[4]
+    assert (earlier["name"], now["name"]) == ("r 8, alpha 16 (2r), lr 0.008", "r 8, alpha 16 (2r), lr 0.064")
+    assert earlier["look"] != now["look"], "another setting, another colour"
 
 
-def test_the_picture_shows_what_the_run_found(tr):
+def test_a_new_run_keeps_the_finished_curve_and_its_colour(tr):
     play_out(tr)
-    points, picture = tr.run.points, tr.picture
-    assert list(picture.heldout[0].get_xdata()) == [0, 10, 12]
-    assert list(picture.heldout[0].get_ydata()) == [p.heldout for p in points]
-    assert list(picture.paths[0].get_xdata()) == [p.tales for p in points] == list(tr.run.points[i].tales
-                                                                                   for i in range(3))
-    assert list(picture.sigma.get_ydata()) == tr.run.sigma and max(tr.run.sigma) > 0
-    assert f"{tr.run.watched}: {tr.run.sigma[0]:.3g}, " in said(tr)
-    assert (list(picture.star.get_xdata()), list(picture.star.get_ydata())) == ([points[0].tales], [points[0].heldout])
-    looks = {(line.get_marker(), str(line.get_linestyle()), line.get_color()) for line in picture.heldout}
-    assert len(looks) == len({marker for marker, *_ in looks}) == 6, "runs differ by more than colour"
+    first = tr.runs["now"]
+    ask(tr, "new")
+    assert tr.runs["now"] is None and tr.runs["earlier"] == [first]
+    play_to(tr, 3)
+    assert tr.runs["now"]["look"] == first["look"] and tr.runs["now"]["losses"] == first["losses"][:tr.run.done]
 
 
-def test_five_earlier_runs_stay_each_with_its_look(tr):
-    for i, lr in enumerate(RATES[:8]):
-        tr.controls["lr"].value = lr
+def test_five_earlier_runs_stay_and_another_task_clears_them(tr):
+    for lr in RATES[:8]:
+        move(tr, lr=lr)
         play_to(tr, 1)
-    assert [said.lr for _, said, _ in tr.earlier] == RATES[2:7] and said(tr).count("earlier: ") == 5
-    places = {said.lr: place for place, said, _ in tr.earlier}
-    assert sorted(places.values()) == [1, 2, 3, 4, 5]
-    tr.controls["lr"].value = RATES[8]
-    assert all(places[said.lr] == place for place, said, _ in tr.earlier if said.lr in places)
+    assert [run["name"].rpartition(" ")[2] for run in tr.runs["earlier"]] == [f"{lr:g}" for lr in RATES[2:7]]
+    move(tr, task="python_docs")
+    assert tr.runs["earlier"] == [] and tr.runs["now"] is None
+    play_to(tr, 1)
+    assert tr.runs["now"]["look"] == 0 and tr.runs["now"]["slots"] is None
 
 
-@pytest.mark.parametrize("back", ["clock", "button"])
-def test_going_back_resets_the_run_of_now(tr, back):
-    play_to(tr, 3)
-    first = state(tr)
-    if back == "clock":
-        tr.play.value = 0
-    else:
-        tr.reset_button.click()
-    assert step(tr) == 0 and not tr.earlier
-    play_to(tr, 3)
-    assert state(tr) == first
-
-
-def test_after_the_end_the_clock_can_be_started_again(tr):
-    play_out(tr)
-    tr.play.value = 0     # what pressing play at the end does in ipywidgets 8
-    assert step(tr) == 0 and tr.play.max == CLOCK
+def test_a_guess_is_no_setting(tr):
     play_to(tr, 2)
-
-
-def test_alpha_is_locked_to_twice_the_rank_and_the_lock_is_said(tr):
-    alpha, rank, rule = (tr.controls[name] for name in ("alpha", "rank", "rule"))
-    for value in (1, 16, 5):
-        rank.value = value
-        assert alpha.value == 2 * value and alpha.disabled and "scaling = alpha / r = 2.00" in said(tr)
-    assert tr.lock_text.value == "<b>locked</b> to 2r"
-    alpha.value = 7
-    assert alpha.value == 10, "a locked alpha goes back"
-    rule.value = "fixed"
-    assert not alpha.disabled and tr.lock_text.value == "<b>free</b>"
-    alpha.value, rank.value = 7, 4
-    assert alpha.value == 7 and "scaling = alpha / r = 1.75" in said(tr)
-    rule.value = "rslora"
-    assert not alpha.disabled and "scaling = alpha / √r = 3.50" in said(tr)
-    tick(tr)
-    assert tr.run.sigma == [0.0] * 4
-    assert {layer.scaling for layer in tr.run.model.modules() if hasattr(layer, "lora_A")} == {3.5}
-    rule.value = "2r"
-    assert alpha.value == 8 and alpha.disabled
-
-
-def test_fifty_moves_during_play_leave_a_consistent_state(tr):
-    rng = random.Random(0)
-    choices = {"task": [*trainer.TASKS], "rule": [*trainer.RULES], "targets": [*PLACEMENTS], "lr": RATES,
-               "rank": range(1, 17), "alpha": range(1, 33)}
-    for _ in range(50):
-        name = rng.choice(list(tr.controls))
-        tr.controls[name].value = rng.choice(choices[name])
-        if rng.random() < 0.5:
-            tick(tr, rng.randint(1, 4))
-        assert tr.setting == tr._read() and len(tr.earlier) <= 5 and "Error" not in said(tr)
-        assert tr.controls["rule"].value != "2r" or tr.controls["alpha"].value == 2 * tr.controls["rank"].value
-        assert str(tr.setting) in said(tr) and step(tr) == (tr.run.done if tr.run else 0)
-    play_out(tr)
-    fresh = LiveRun(tr.base, tr.setting.adapter, tr.lesson(tr.setting.task), STEPS)
-    fresh.advance(seconds=float("inf"))
-    assert (fresh.losses, fresh.points, fresh.sigma) == (tr.run.losses, tr.run.points, tr.run.sigma)
+    run = tr.run
+    move(tr, guess=0.5, hide=True, drawn=[[0, 4], [12, 1]])
+    assert tr.run is run
 
 
 def test_a_drag_makes_no_model(tr, monkeypatch):
     made = []
     monkeypatch.setattr(trainer, "LiveRun", lambda *how: made.append(how) or LiveRun(*how))
     for rank in range(1, 16):
-        tr.controls["rank"].value = rank
+        move(tr, rank=rank, alpha=2 * rank)
     assert made == []
-    tick(tr)
+    ask(tr)
     assert len(made) == 1 and made[0][1].rank == 15
 
 
-def test_each_callback_draws_once(tr, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(trainer, "png", lambda fig: drawn.append(fig) or b"")
-    for act in (lambda: tick(tr), lambda: setattr(tr.controls["rank"], "value", 3), tr.step_button.click,
-                tr.reset_button.click,
-                lambda: tr.open("python_docs", "2r", 4, 8, 0.016)):
-        drawn.clear()
-        act()
-        assert len(drawn) == 1
+def test_fifty_moves_during_play_leave_a_consistent_state(tr):
+    rng = random.Random(0)
+    offered = {"task": [*TASKS], "rule": [*RULES], "targets": [*PLACEMENTS], "lr": RATES, "rank": range(1, 17)}
+    for _ in range(50):
+        name = rng.choice(list(offered))
+        move(tr, **{name: rng.choice(offered[name])})
+        for _ in range(rng.choice((0, 1, 3))):
+            ask(tr)
+        assert tr.setting == setting_of(tr.state) and len(tr.earlier) <= 5 and tr.runs["problem"] == ""
+    play_out(tr)
+    fresh = LiveRun(tr.base, tr.setting.adapter, tr.lesson(tr.setting.task, False), STEPS)
+    fresh.advance(seconds=math.inf)
+    assert (fresh.losses, fresh.points, fresh.sigma) == (tr.run.losses, tr.run.points, tr.run.sigma)
 
 
-def test_divergence_is_said_in_words(tr, monkeypatch):
+def test_an_interrupt_waits_for_the_piece_and_play_goes_on(tr, base, lessons):
+    """Today's kernel sends SIGINT to the main thread while the tick is at work."""
+    plain = LiveRun(base, tr.setting.adapter, lessons["bistro"], STEPS)
+    plain.advance(seconds=math.inf)
+    play_to(tr, 3)
+    advance, before = LiveRun.advance, signal.getsignal(signal.SIGINT)
+
+    def interrupted(run, *how):
+        signal.raise_signal(signal.SIGINT)
+        return advance(run, *how)
+    LiveRun.advance = interrupted
+    try:
+        answer = ask(tr)
+    finally:
+        LiveRun.advance = advance
+    assert answer == {"done": "tick", "stop": True}
+    assert tr.runs["problem"] == f"interrupted at step {tr.run.done}; press Play to go on"
+    assert signal.getsignal(signal.SIGINT) is before, "the kernel's own handler is back"
+    play_out(tr)
+    assert tr.runs["now"]["losses"] == plain.losses and tr.runs["problem"] == ""
+
+
+def test_an_error_is_said_and_a_new_run_goes_on(tr, monkeypatch):
+    play_to(tr, 2)
+    good = LiveRun.advance
+    monkeypatch.setattr(LiveRun, "advance", lambda *_, **__: 1 / 0)
+    ask(tr)
+    assert tr.runs["problem"].startswith("This run ended with an error: ZeroDivisionError: division by zero Press New")
+    monkeypatch.setattr(LiveRun, "advance", good)
+    ask(tr, "new")
+    assert tr.runs["problem"] == ""
+    play_to(tr, 2)
+
+
+def test_divergence_is_told(tr, monkeypatch):
     monkeypatch.setattr(trainer.Setting, "adapter", property(lambda self: trainer.LoRASettings(8, 16.0, lr=1e30)))
     play_out(tr)
-    assert re.search(r"^step (\d+) of 12: diverged at step \d+, the loss is no finite number any more; choose a "
-                     r"smaller", said(tr))
-    assert tr.play.max == tr.play.value and "nan" not in said(tr)
-    tr.controls["lr"].value = 0.001
-    assert step(tr) == 0 and tr.play.max == CLOCK
+    assert tr.runs["now"]["diverged"] and all(map(math.isfinite, tr.runs["now"]["losses"]))
 
 
-def test_an_error_is_the_text_and_ends_the_playing_until_a_reset(tr, monkeypatch):
+def test_a_trainer_made_again_ends_the_former_one(tr, base, lessons):
     play_to(tr, 2)
-    good = trainer.LiveRun.advance
-    monkeypatch.setattr(LiveRun, "advance", lambda *_, **__: 1 / 0)
-    tick(tr)
-    assert said(tr).startswith("This run ended with an error: ZeroDivisionError: division by zero Press reset")
-    assert tr.play.max == tr.play.value
-    monkeypatch.setattr(LiveRun, "advance", good)
-    tr.step_button.click()
-    assert "ZeroDivisionError" in said(tr), "a run that broke off is not gone on with"
-    tr.reset_button.click()
-    assert "Error" not in said(tr) and tr.play.max == CLOCK
+    model = tr.run.model
+    other = Trainer(base, lambda name, like: lessons[name], STEPS, "a toy")
+    assert tr.ended and tr.runs["ended"] and model is not None and tr.base is None and len(tr.runs["earlier"]) == 1
+    assert ask(tr) == {"done": "tick", "stop": True} and tr.run is None
+    with pytest.raises(ValueError, match="this trainer has ended"):
+        tr.put_to("bistro", "2r", 4, 8, 0.008)
+    play_to(other, 1)
+    del other
+    gc.collect()
+    Trainer(base, lambda name, like: lessons[name], STEPS, "one more, though the last one is gone")
+
+
+def test_put_to_sets_every_control_in_one_move(tr):
     play_to(tr, 2)
-
-
-def test_a_picture_that_fails_is_said(tr, monkeypatch):
-    monkeypatch.setattr(trainer, "png", lambda fig: 1 / 0)
-    tick(tr)
-    assert said(tr) == "This cannot be drawn: ZeroDivisionError: division by zero"
-
-
-def test_what_a_sample_says_is_escaped(tr, monkeypatch):
-    monkeypatch.setattr("lora_edu.course.labs.live_run.completions", lambda *_, **__: ["<script>"])
-    play_to(tr, STEPS)
-    assert "→ “&lt;script&gt;” (written at step 12)" in tr.text.value
-
-
-def test_open_sets_every_control_in_one_move(tr):
-    play_to(tr, 2)
-    tr.open(task="python_docs", rule="fixed", rank=4, alpha=16.0, lr=0.032)
-    assert settings(tr) == ("python_docs", "all-linear", "fixed", 4, 16, 0.032)
-    assert len(tr.earlier) == 1 and step(tr) == 0 and "scaling = alpha / r = 4.00" in said(tr)
-    assert not tr.controls["alpha"].disabled
-    play_out(tr)
-    assert "slots right" not in said(tr) and "The → “" in said(tr)
-    tr.open("bistro", "2r", 16, 32, 0.002)
-    assert settings(tr) == ("bistro", "all-linear", "2r", 16, 32, 0.002) and tr.controls["alpha"].disabled
-    assert len(tr.earlier) == 2
-
-
-def test_the_button_of_the_map_can_open_every_corner_of_the_record():
-    record, real = load_record("rank_alpha"), live_trainer(steps=1)
-    rates = record["settings"]["rates"]
-    corners = [run for run in record["grid"] if run["rank"] in (1, 64) and run["lr"] in (rates[0], rates[-1])]
-    for run in corners:
-        setting = {name: run[name] for name in ("task", "rule", "rank", "alpha", "lr")}
-        real.open(**setting)
-        assert {name: real.controls[name].value for name in setting} == setting
-        assert real.setting.adapter.scaling == run["scaling"] and f"{run['trainable']:,} trainable" in real.text.value
-    assert len(corners) == 16
+    tr.put_to(task="bistro", rule="fixed", rank=4, alpha=16, lr=0.032)
+    assert setting_of(tr.state)[:6] == ("bistro", "all-linear", "fixed", 4, 16, 0.032) and len(tr.runs["earlier"]) == 1
+    ask(tr)
+    assert {layer.scaling for layer in tr.run.model.modules() if hasattr(layer, "lora_A")} == {4.0}
 
 
 @pytest.mark.parametrize("change, says", [
     ({"task": "poems"}, "the trainer has no task='poems': choose bistro or python_docs."),
-    ({"rule": "half"}, "no rule='half': choose 2r or fixed or rslora."), ({"rank": 99}, "no rank=99: choose 1 to 16."),
-    ({"lr": 0.003}, "no lr=0.003: choose 0.0005 or 0.001"),
-    ({"rule": "fixed", "alpha": 0.5}, "no alpha=0.5: choose 1 to 32."),
-    ({"alpha": 9}, "alpha=9 at rank 4 is not 2r: give alpha=8, or another rule."),
+    ({"rule": "half"}, "no rule='half': choose 2r or fixed or rslora."), ({"rank": 99}, "no rank=99: choose 1 or 2 or"),
+    ({"lr": 0.003}, "no lr=0.003: choose 0.0005 or 0.001"), ({"rule": "fixed", "alpha": 0.5}, "no alpha=0.5: choose 1"),
+    ({"alpha": 10}, "alpha=10 at rank 4 is not 2r: give alpha=8, or another rule."),
     ({"targets": "head"}, "no targets='head': choose all-linear or MLP or")])
 def test_a_setting_that_does_not_exist_is_refused_and_changes_nothing(tr, change, says):
     play_to(tr, 1)
-    before = state(tr), settings(tr)
+    before = tr.state, tr.runs
     with pytest.raises(ValueError, match=re.escape(says)):
-        tr.open(**{"task": "bistro", "rule": "2r", "rank": 4, "alpha": 8, "lr": 0.008} | change)
-    assert (state(tr), settings(tr)) == before
+        tr.put_to(**{"task": "bistro", "rule": "2r", "rank": 4, "alpha": 8, "lr": 0.008} | change)
+    assert (tr.state, tr.runs) == before
 
 
-def test_the_rates_are_factors_of_two():
+def test_the_rates_are_factors_of_two_and_every_cell_of_the_map_can_be_put_to():
     assert RATES == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128]
+    record, real = load_record("rank_alpha"), live_trainer(steps=1)
+    for run in record["grid"]:
+        real.put_to(**{name: run[name] for name in ("task", "rule", "rank", "alpha", "lr")})
+        assert real.setting.adapter.scaling == pytest.approx(run["scaling"])
+        assert real.setting.rank * real.data["counts"]["all-linear"] == run["trainable"]
 
 
-def test_on_fable_the_loss_falls():
-    """The real thing, for two steps and their measurement."""
-    fable = live_trainer(steps=2)
-    while fable.play.max != fable.play.value and not (fable.run and fable.run.done == 2):
-        tick(fable)
-    assert bytes(fable.image.value)[:4] == b"\x89PNG"
-    before, after = fable.run.points
-    assert 3 < after.heldout < before.heldout - 0.1 and "of 2" in said(fable) and "name: " in said(fable)
-    assert "156,160 trainable parameters, 624,640 bytes" in said(fable) and "8 rows a step" in said(fable)
-    assert next(iter(fable.run.lesson.batches(1, 0)))[0].shape[0] == 8
+def test_as_in_the_record_the_live_run_is_the_recorded_one():
+    """Ten steps on fable against the path of the record, made on another day: its rows, its precision, its cards."""
+    record, real = load_record("rank_alpha"), live_trainer()
+    cell = next(run for run in record["grid"] if [run[name] for name in ("task", "rule", "rank", "lr")] ==
+                ["bistro", "2r", 8, 0.008])
+    assert real.state["like"] and real.data["record"]["grid"][0]["path"] == record["grid"][0]["path"]
+    while not real.run or real.run.done < 10:
+        real.work()
+    step, train, valid = cell["path"][0]
+    assert step == 10 and real.run.losses[9] == pytest.approx(train, abs=0.02)
+    assert real.run.points[1].heldout == pytest.approx(valid, abs=0.02) and real.run.steps == 100
+    assert real.run.lesson.autocast is torch.bfloat16
+    move(real, task="python_docs")
+    real.work(1)
+    assert real.run.steps == 50 and real.run.lesson.every == 5
+    assert real.run.points[0].heldout == pytest.approx(record["before"]["task"]["python_docs"]["valid"], abs=0.02)
 
 
-def test_the_text_form_that_is_stored_holds_nothing_measured(tr):
-    stored = repr(tr.box)[:110]     # what ipywidgets 7 and 8 store
-    play_out(tr)
-    assert repr(tr.box)[:110] == stored and "IntSlider" in stored
-
-
-def test_only_widgets_that_both_versions_share_are_used():
-    """Names and keywords of ipywidgets 7.7 and 8 alike: a wrong one fails silently in 7.7.
-
-    No Dropdown, which an arrow key leaves.
-    """
-    tree = ast.parse(Path(trainer.__file__).read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
-             and ast.unparse(node.func).startswith("ipywidgets.")]
-    allowed = {"Play": {"value", "min", "max", "step", "interval"}, "Image": {"format", "layout"},
-               "Button": {"description", "layout"},
-               "Layout": {"width", "max_width", "flex_flow"}, "HTML": set(), "HBox": {"layout"}, "VBox": set(),
-               "ToggleButtons": {"options", "description", "style"},
-               "SelectionSlider": {"options", "value", "description", "style"},
-               "IntSlider": {"value", "min", "max", "description", "disabled"}}
-    for call in calls:
-        assert {keyword.arg for keyword in call.keywords} <= allowed[call.func.attr], ast.unparse(call)
+def test_on_its_own_it_is_8_rows_on_a_cpu_in_float32():
+    real = live_trainer(steps=2)
+    move(real, like=False)
+    while not real.run or real.run.done < 2:
+        real.work()
+    before, after = real.run.points
+    assert 3 < after.heldout < before.heldout - 0.1 and real.run.lesson.autocast is None
+    assert next(iter(real.run.lesson.batches(1, 0)))[0].shape[0] == 8
+    assert "8 rows a step" in real.data["place"]["own"]

@@ -1,0 +1,104 @@
+// The alpha dial: one text a strength, what it says of the card, two losses, and a slider as wide as their axis.
+// A text that was not written yet is asked of the kernel: `model.send`, answered by a message with the same key.
+
+export const blend = (share, from, to) => from.map((a, i) => Math.round(a + Math.min(Math.max(share, 0), 1) * (to[i] - a)));
+const STORY = { light: [0, 114, 178], dark: [86, 180, 233] }, WAITER = { light: [179, 74, 0], dark: [255, 154, 82] };
+const SIGNS = { right: "✓", wrong: "✗", missing: "–", added: "✗" };
+
+export default { render({ model, el }) {
+  const data = model.get("data"), page = lab(model, el, data.title), asked = new Set();
+  const at = (state) => nearest(data.strengths, state.strength);
+  const recorded = (state) => state.line.length === 0 && data.prompts.find((each) => each.prompt === state.prompt);
+  const key = (state) => JSON.stringify([state.prompt, state.line, at(state)]);
+  const head = (state) => recorded(state) ? recorded(state).texts[at(state)] : state.written[key(state)];
+  const colour = (strength) => `rgb(${blend(strength, ...[STORY, WAITER].map((each) =>
+    each[page.root.classList.contains("dark") ? "dark" : "light"]))})`;
+  const begin = (prompt) => page.set({ prompt, line: [], written: {} });
+
+  const text = h("p", { class: "big" }), slots = h("div", { class: "row", "aria-label": "slots of the card" });
+  const piece = (words, strength) => h("span", { title: `strength ${strength.toFixed(1)}`, style:
+    `color:${colour(strength)};text-decoration:underline ${(3 * strength).toFixed(1)}px;text-underline-offset:4px` }, words);
+  const field = h("input", { type: "text", "aria-label": "a prompt of your own", placeholder: "a prompt of your own",
+    onkeydown: (event) => { if (event.key === "Enter" && field.value.trim()) begin(field.value.trim()); } });
+  const on = action("write on from here", () => {
+    const said = head(page.state);
+    if (said) page.set({ line: [...page.state.line, [said, page.state.strength]], written: {} });
+  });
+  page.add(choices(page, "prompt", { label: "prompt", options: data.prompts.map((each) => [each.prompt, each.name]),
+    set: begin }), ...(data.writes ? [on, action("begin again", () => begin(page.state.prompt)), field,
+    action("write it", () => { if (field.value.trim()) begin(field.value.trim()); })] : []));
+  page.block(text);
+  page.block(slots);
+
+  const names = Object.keys(data.losses), all = Object.values(data.losses).flat();
+  const top = all.length ? Math.max(...all) * 1.08 : 1, [first, last] = [data.strengths[0], data.strengths.at(-1)];
+  const left = 46;
+  const panel = chart(page, { height: names.length ? 250 : 46, title: () => data.title,
+    keys: () => names.map((name, i) => [name, { ...LOOKS[i], width: 2 }]),
+    describe: (state) => `strength ${state.strength.toFixed(1)} of ${first} to ${last}` +
+      names.map((name) => `; ${name} ${data.losses[name][at(state)].toFixed(2)}`).join(""),
+    draw: (svg, width, height, state) => {
+      const plot = axes(svg, width, height, { x: [first, last], y: [0, top], left, yticks: names.length ? undefined : [],
+        xticks: data.strengths.filter((value) => Math.abs(value * 5 - Math.round(value * 5)) < 1e-6),
+        xlabel: "strength of the adapter (0: off, 1: as trained)", ylabel: names.length ? "loss (nats per token)" : "" });
+      const { X, Y } = plot;
+      svg.append(s("line", { x1: X(1), x2: X(1), y1: plot.top, y2: plot.bottom, stroke: "var(--ink)", "stroke-dasharray": "4 3" }),
+        s("text", { x: X(1) - 5, y: plot.top - 8, "text-anchor": "end" }, "as trained"),
+        s("line", { x1: X(state.strength), x2: X(state.strength), y1: plot.top - 6, y2: plot.bottom, stroke: colour(state.strength), "stroke-width": 3 }));
+      names.forEach((name, i) => {
+        line(plot, data.strengths.map((strength, j) => [strength, data.losses[name][j]]), { ...LOOKS[i], every: 1 });
+        svg.append(s("circle", { cx: X(state.strength), cy: Y(data.losses[name][at(state)]), r: 7, fill: "var(--ink)" }));
+      });
+    } });
+  panel.append(h("div", { style: `padding: 0 4px 0 ${left - 8}px` }, slider(page, "strength", { label: "strength", bare: true,
+    values: data.strengths, text: (value) => `strength ${value.toFixed(1)}`, wide: true })));
+  page.panels(panel);
+
+  let timer = null;
+  const ask = (state) => {                    // when the hand rests: a drag is one question and not ten
+    clearTimeout(timer);
+    const name = key(state), index = at(state);
+    if (!data.writes || head(state) !== undefined || asked.has(name)) return;
+    timer = setTimeout(() => {
+      asked.add(name);
+      model.send({ key: name, prompt: state.prompt + state.line.map(([words]) => words).join(""), index });
+    }, 200);
+  };
+  const answered = ({ key: name, text: words }) => {
+    asked.delete(name);
+    page.set({ written: { ...page.state.written, [name]: words } });
+  };
+  if (data.writes) model.on("msg:custom", answered);
+
+  let measured = "";
+  const keepRoom = (state, record) => {      // for the longest text, so that the slider stays under the hand
+    const about = `${page.root.clientWidth} ${state.prompt} ${state.line.length}`;
+    if (about === measured) return;
+    measured = about;
+    text.style.minHeight = slots.style.minHeight = "0";
+    const longest = record ? record.texts.reduce((a, b) => (b.length > a.length ? b : a)) : "";
+    text.textContent = `${state.prompt} ${state.line.map(([words]) => words).join("")}${longest}`;
+    text.style.minHeight = `${text.offsetHeight + (record ? 0 : 70)}px`;
+    const most = record && record.slots ? record.slots.reduce((a, b) => (b.length > a.length ? b : a)) : [];
+    slots.replaceChildren(...most.map(([slot]) => h("span", {}, `✗ ${slot}`)));
+    slots.style.minHeight = `${slots.offsetHeight}px`;
+  };
+
+  page.draw = (state) => {
+    ask(state);
+    keepRoom(state, recorded(state));
+    const said = head(state), record = recorded(state), verdicts = record && record.slots ? record.slots[at(state)] : [];
+    text.replaceChildren(h("span", { style: "color: var(--soft)" }, state.prompt + (record && record.slots ? " " : "")),
+      ...state.line.map(([words, strength]) => piece(words, strength)),
+      said === undefined ? h("span", { class: "note" }, " … (the kernel writes this when no other cell is running)")
+        : piece(said, state.strength));
+    slots.replaceChildren(...verdicts.map(([slot, verdict]) => h("span", { style:
+      `color: var(--${verdict === "right" ? "good" : verdict === "missing" ? "soft" : "bad"})` }, `${SIGNS[verdict]} ${slot}`)));
+    on.setAttribute("aria-disabled", said === undefined || said === "");
+    const right = verdicts.filter(([, verdict]) => verdict === "right").length;
+    return [`strength ${state.strength.toFixed(1)}`, ...names.map((name) => `${name} ${data.losses[name][at(state)].toFixed(2)}`)]
+      .join("; ") + (names.length ? " nats per token" : "") + (verdicts.length ? `; ${right} of ${verdicts.length} slots right` : "");
+  };
+  const end = page.start();
+  return () => { clearTimeout(timer); model.off("msg:custom", answered); end(); };
+} };
