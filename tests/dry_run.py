@@ -179,7 +179,7 @@ def labs(device):
     model = fable(device, rank=2)[0]
     batches = bistro.heldout(tokenizer, 2)[0], lesson.tales[0]
     lab = merge_lab.merge_lab(model, "model.layers.0.mlp.up_proj", *batches)
-    assert len(lab.children)
+    assert lab.data["measured"]
     return run.losses, run.sigma, [point.heldout for point in run.points], run.samples[-1][1]
 
 
