@@ -73,6 +73,9 @@ def test_a_kernel_that_is_busy_is_named_and_one_that_was_interrupted_pauses(page
     assert said(page).startswith("interrupted at step 12; press Play to go on")
     page.get_by_role("button", name="Play").click()
     page.wait_for_function("() => window.sent.length === 2")
+    assert page.get_by_role("button", name="Pause").count(), "though the page still says that it was interrupted"
+    answer(page)
+    page.wait_for_function("() => window.sent.length === 3")
 
 
 def test_the_end_of_a_run_stops_the_clock_and_an_ended_trainer_says_so(page):

@@ -5,6 +5,7 @@ step.
 nothing else: measuring belongs to fixed steps, and a step counts when all that belongs to it is done. So whoever calls,
 and how often, decides when something is seen and never what.
 """
+import asyncio
 import math
 import signal
 import threading
@@ -25,6 +26,8 @@ from lora_edu.training.loop import Batch, Diverged, Step, evaluate, train
 
 EVERY, SAMPLE_EVERY = 10, 25     # steps between two measurements, and between two samples
 SAMPLE, EXAM = 48, 4             # tokens of a sample; prompts of the exam that are answered in one piece of work
+BETWEEN: list[float] = []        # when an interrupt came while the kernel rested
+RECENT = 1.0                     # seconds: an older one was not meant for a training
 
 
 @dataclass(frozen=True)
@@ -191,12 +194,25 @@ def waiting_interrupt() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    came = [at for at in BETWEEN if time.monotonic() - at < RECENT]
+    BETWEEN.clear()
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(time.monotonic()))
     try:
         yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGINT, before)
+        _note_between()
+
+
+def _note_between() -> None:
+    """Note an interrupt between two ticks, too: a kernel that rests ignores it, and the reader meant the training. Set
+    when the kernel has put its own handler back, which it does after each message.
+    """
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:                       # no kernel: a script, a test
+        return
+    loop.call_later(0.005, signal.signal, signal.SIGINT, lambda number, frame: BETWEEN.append(time.monotonic()))
 
 
 def middle(names: list[str]) -> str:

@@ -109,7 +109,7 @@ export default { render({ model, el }) {
     `tales ${run.points.at(-1)[2].toFixed(3)}` + (run.slots === null ? "" : `; slots ${percent(run.slots)}`) + (run.diverged ? `; diverged at step ${run.diverged}` : "");
   page.draw = (state) => {
     const { now, ended, problem } = runs();
-    if (ended || problem || now?.complete) playing = false;
+    if (ended || now?.complete) playing = false;
     play.textContent = playing ? "❚❚ Pause" : "▶ Play";
     play.setAttribute("aria-pressed", playing);
     for (const name of ["play", "step", "new"]) page.root.querySelector(`[data-name=${name}]`).setAttribute("aria-disabled", Boolean(ended));
@@ -123,7 +123,7 @@ export default { render({ model, el }) {
         : now.complete ? ": complete; move a slider, or press New run" : now.done === now.steps ? ": now the exam" : "");
     const miss = state.hide && now?.complete && !now.diverged ? `\nyou guessed ${drawn(state).at(-1)[1].toFixed(2)} at the end, it is ${now.points.at(-1)[1].toFixed(2)}` : "";
     const unknown = state.like && record && !recorded(record, state) ? "\nthe record has no such setting: it has rank " + record.ranks.join(", ") + " on all-linear, and rates " + record.rates.map(short).join(", ") : "";
-    return `${stage}\nscaling = alpha / ${state.rule === "rslora" ? "√r" : "r"} = ${scaling.toFixed(2)}; ${number(count)} trainable parameters, ${number(4 * count)} bytes in float32; ` +
+    return `${stage}\n${data.tasks[state.task]}, ${state.targets}, r ${state.rank}, alpha ${short(state.alpha)}, lr ${short(state.lr)}; scaling = alpha / ${state.rule === "rslora" ? "√r" : "r"} = ${scaling.toFixed(2)}; ${number(count)} trainable parameters, ${number(4 * count)} bytes in float32; ` +
       `${state.like ? data.place.like : data.place.own}${miss}${unknown}` +
       (now?.skipped ? `\n${now.skipped} steps overflowed in float16 and were skipped` : "") + all().filter((run) => run.done).map((run) => `\n${run.name}: ${result(run)}`).join("");
   };

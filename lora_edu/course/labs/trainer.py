@@ -148,7 +148,7 @@ class Trainer(Lab):
         self.state = self.state | wanted
 
     def work(self, steps: int | None = None) -> bool:
-        """Some pieces of work (None), or so many whole steps; True if the kernel was interrupted meanwhile.
+        """Some pieces of work (None), or so many whole steps; True if it did not end well: interrupted, or an error.
 
         An interruption waits for the end of the piece, so the run can go on from there.
         """
@@ -166,8 +166,8 @@ class Trainer(Lab):
             if interrupted():
                 self.problem = f"interrupted at step {self.run.done if self.run else 0}; press Play to go on"
             self._tell()
-            self.problem = "" if self.run else self.problem          # an interruption is said once
-            return bool(interrupted())
+            went_wrong, self.problem = bool(self.problem), "" if self.run else self.problem      # said once
+            return went_wrong
 
     def new_run(self) -> None:
         """The run of now becomes a finished curve; the next tick begins another of what the controls say."""

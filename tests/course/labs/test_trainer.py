@@ -1,4 +1,5 @@
 """The trainer without a browser: the page's state is set, its messages are answered, and `runs` says what happened."""
+import asyncio
 import gc
 import math
 import random
@@ -206,11 +207,27 @@ def test_an_interrupt_waits_for_the_piece_and_play_goes_on(tr, base, lessons):
     assert tr.runs["now"]["losses"] == plain.losses and tr.runs["problem"] == ""
 
 
+def test_an_interrupt_between_two_ticks_pauses_too(tr):
+    """A resting kernel ignores it, and a fifth of the time it rests."""
+    async def play():
+        ask(tr)
+        await asyncio.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+        return ask(tr), ask(tr)
+    before, loop = signal.getsignal(signal.SIGINT), asyncio.new_event_loop()
+    try:
+        first, second = loop.run_until_complete(play())
+    finally:
+        loop.close()
+        signal.signal(signal.SIGINT, before)
+    assert (first["stop"], second["stop"]) == (True, False), "and the next Play goes on"
+
+
 def test_an_error_is_said_and_a_new_run_goes_on(tr, monkeypatch):
     play_to(tr, 2)
     good = LiveRun.advance
     monkeypatch.setattr(LiveRun, "advance", lambda *_, **__: 1 / 0)
-    ask(tr)
+    assert ask(tr) == {"done": "tick", "stop": True}
     assert tr.runs["problem"].startswith("This run ended with an error: ZeroDivisionError: division by zero Press New")
     monkeypatch.setattr(LiveRun, "advance", good)
     ask(tr, "new")
