@@ -33,7 +33,7 @@ export default { render({ model, el }) {
   const names = Object.keys(data.losses), all = Object.values(data.losses).flat();
   const top = all.length ? Math.max(...all) * 1.08 : 1, [first, last] = [data.strengths[0], data.strengths.at(-1)];
   const left = 46;
-  const panel = chart(page, { height: names.length ? 250 : 46, title: () => data.title,
+  const panel = chart(page, { height: names.length ? 250 : 64, title: () => data.title,
     keys: () => names.map((name, i) => [name, { ...LOOKS[i], width: 2 }]),
     describe: (state) => `strength ${state.strength.toFixed(1)} of ${first} to ${last}` +
       names.map((name) => `; ${name} ${data.losses[name][at(state)].toFixed(2)}`).join(""),

@@ -59,7 +59,7 @@ export default { render({ model, el }) {
   const look = (run) => LOOKS[run.look % LOOKS.length];
   const start = (state) => (all()[0]?.points[0]?.[1]) ?? (record?.before[state.task] ?? 4.2);
   const drawn = (state) => state.drawn && state.drawn.length > 1 ? state.drawn : guessed(start(state), state.guess, steps(state));
-  const losses = chart(page, { height: 215, title: (state) => `${data.tasks[state.task]}: thin batches, marked held-out`,
+  const losses = chart(page, { height: 215, title: (state) => `loss on ${data.tasks[state.task]} (marked: held-out)`,
     describe: () => all().map((run) => `${run.name}: ${run.points.map(([step, loss]) => `step ${step} ${loss.toFixed(2)}`).join(", ")}`).join("; ") || "no run yet",
     draw: (svg, width, height, state) => {
       const path = pale(state), top = Math.min(12, 1.15 * Math.max(start(state), ...all().flatMap((run) => run.points.map((point) => point[1]))));
@@ -114,7 +114,8 @@ export default { render({ model, el }) {
     play.setAttribute("aria-pressed", playing);
     for (const name of ["play", "step", "new"]) page.root.querySelector(`[data-name=${name}]`).setAttribute("aria-disabled", Boolean(ended));
     guess.style.display = state.hide ? "" : "none";
-    samples.replaceChildren(...all().slice(-2).map(written));
+    samples.replaceChildren(...(all().length ? all().slice(-2).map(written)
+      : [h("p", { class: "note" }, "What the last two runs write of one card, or go on with, appears here.")]));
     legend.replaceChildren(...all().map((run) => key(run.name, look(run))), ...(pale(state) ? [key("the record", { color: "var(--rule)", width: 5 })] : []),
       ...(state.hide ? [key("your guess", { color: "var(--c4)", dash: "5 4" })] : []));
     const count = state.rank * data.counts[state.targets], scaling = state.alpha / (state.rule === "rslora" ? Math.sqrt(state.rank) : state.rank);
