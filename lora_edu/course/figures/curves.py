@@ -60,7 +60,8 @@ def plot_bars(bars: dict, title: str, xlabel: str = "loss", floor: float | None 
     ax.barh(names, mean, color=SKY, edgecolor=BLUE, height=0.6)
     ax.errorbar(mean, names, xerr=(mean - low, high - mean), fmt="none", color=BLACK, capsize=3)
     for i, value in enumerate(mean):
-        ax.annotate(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", (high[i], i), xytext=(6, 0), textcoords="offset points", va="center",
+        said = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        ax.annotate(said, (high[i], i), xytext=(6, 0), textcoords="offset points", va="center",
                     bbox=dict(facecolor="white", edgecolor="none", pad=1))
     if floor is not None:
         ax.axvline(floor, color=GREY, linestyle=":", linewidth=1.4)
