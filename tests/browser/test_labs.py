@@ -28,7 +28,8 @@ pytestmark = pytest.mark.browser
 def dial() -> Lab:
     strengths = [i / 10 for i in range(13)]
     card = {"name": "Clover", "food": "Greek"}
-    waiter = [" Clover cooks Dutch dishes."] * 6 + [" Clover cooks Greek dishes."] * 7
+    long = " Clover cooks Dutch dishes" + ", and is by the river" * 6 + "."
+    waiter = [" Clover cooks Dutch dishes.", long] * 3 + [" Clover cooks Greek dishes."] * 7
     texts = {"name: Clover | food: Greek\n=>": waiter,
              "Once upon a time": [f" there were {i} kings" for i in range(13)]}
     return alpha_dial(strengths, texts, {"the new task": [4 - 3 * s for s in strengths],
@@ -53,6 +54,7 @@ def merging() -> Lab:
     apply_lora(model, ["down_proj"], rank=2)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.01)
+        layer.weight.data += 1e-3 * torch.randn_like(layer.weight)       # fable's are bfloat16's numbers
     ids = torch.arange(24).view(2, 12)
     return merge_lab(model, "model.layers.3.mlp.down_proj", (ids, ids + 1), (ids, ids + 2),
                      {0: "a tale", 1: "a waiter"})
@@ -247,7 +249,7 @@ def test_the_picture_is_the_sum_of_its_first_products_and_misses_what_numpy_says
     picture = sample_picture(64)
     U, S, Vh = np.linalg.svd(picture)
     page = open_lab(made("picture"))
-    for rank in (1, 7, 40, 64):
+    for rank in (1, 7, 20, 40, 63, 64):
         found = page.evaluate("(rank) => Array.from(window.lab.compressor(window.model.get('data'))(rank))", rank)
         assert np.allclose(np.reshape(found, (64, 64)), U[:, :rank] * S[:rank] @ Vh[:rank], atol=2e-3)
     missing = page.evaluate("() => window.lab.errors(window.model.get('data').values)")
@@ -364,6 +366,10 @@ def test_the_maps_colours_begin_and_end_where_numpy_says(made, open_lab):
         values = rng.normal(size=n).tolist()
         found = page.evaluate("(values) => window.lab.quantile(values, 0.7)", values)
         assert found == pytest.approx(np.quantile(values, 0.7))
+    runs = [{"test": value, "slots": 0.5} for value in rng.normal(size=9)] + [{"test": None}]
+    assert page.evaluate("(runs) => window.lab.scale(runs, 'test')", runs) == pytest.approx(
+        [min(run["test"] for run in runs[:9]), np.quantile([run["test"] for run in runs[:9]], 0.7)])
+    assert page.evaluate("(runs) => window.lab.scale(runs, 'slots')", runs) == [0, 1]
     known, none = {"valid": 2.0}, {"valid": None}
     assert page.evaluate("(runs) => window.lab.best(runs)", [none, known, {"valid": 3.0}]) == known
     assert page.evaluate("(runs) => window.lab.best(runs)", [none]) is None
@@ -420,7 +426,8 @@ def test_the_rank_for_a_share_of_the_energy_is_numpys(made, open_lab):
 def test_the_pages_sixteen_bits_are_torchs(made, open_lab):
     page, rng = open_lab(made("merge")), np.random.default_rng(2)
     values = np.concatenate([rng.normal(size=300) * 10.0**e for e in (-7, -5, -3, 0, 3)] + [
-        [0.0, -0.0, 65504.0, 65519.9, 65520.0, 1.0009765625, 1.00048828125, 1.00146484375, 6e-8, 2.9e-8, 3e-8]])
+        [0.0, -0.0, 65504.0, 65519.9, 65520.0, 1.0009765625, 1.00048828125, 1.00146484375, 6e-8, 2.9e-8, 3e-8,
+         1.00390625, 1.01171875]])
     values = torch.tensor(values, dtype=torch.float32)
     for name in ("bfloat16", "float16"):
         found = page.evaluate("([name, values]) => values.map((value) => String(window.lab.ROUND[name](value)))",

@@ -54,8 +54,10 @@ def test_play_sends_a_tick_only_after_the_answer_and_pause_stops(page):
     play = page.get_by_role("button", name="Play")
     play.click()
     assert sent(page) == ["tick"] and page.get_by_role("button", name="Pause").get_attribute("aria-pressed") == "true"
+    page.get_by_role("button", name="Step").click()
+    page.get_by_role("button", name="Play").click()
     page.wait_for_timeout(200)
-    assert sent(page) == ["tick"], "no second tick before the answer"
+    assert sent(page) == ["tick"], "nothing else before the answer"
     tell(page, run(3))
     answer(page)
     page.wait_for_function("() => window.sent.length === 2")
@@ -106,6 +108,8 @@ def test_alpha_follows_the_rank_under_2r_and_is_locked(page):
     assert alpha.is_enabled()
     alpha.press("Home")
     assert "scaling = alpha / r = 0.02" in said(page)
+    assert page.evaluate("""() => { const { record } = window.model.get('data'), state = window.model.get('state');
+        return [16, 8].map((alpha) => Boolean(window.lab.recorded(record, { ...state, alpha }))); }""") == [True, False]
     page.get_by_role("button", name="rsLoRA").click()
     assert "scaling = alpha / √r = 0.13" in said(page)
 

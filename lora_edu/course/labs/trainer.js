@@ -129,5 +129,5 @@ export default { render({ model, el }) {
       (now?.skipped ? `\n${now.skipped} steps overflowed in float16 and were skipped` : "") + all().filter((run) => run.done).map((run) => `\n${run.name}: ${result(run)}`).join("");
   };
   const end = page.start();
-  return () => { playing = false; clearTimeout(timer); clearTimeout(waiting); model.off("msg:custom", heard); model.off("change:runs", found); end(); };
+  return () => { clearTimeout(timer); clearTimeout(waiting); model.off("msg:custom", heard); model.off("change:runs", found); end(); };
 } };
