@@ -36,7 +36,7 @@ export default { render({ model, el }) {
   model.on("msg:custom", heard);
   model.on("change:runs", found);
 
-  page.add(play, action("Step", () => { playing = false; ask("step"); }, { "data-name": "step" }),
+  page.add(play, action("Step", () => { playing = false; ask("step"); page.redraw(); }, { "data-name": "step" }),
     action("New run", () => { playing = false; ask("new"); page.redraw(); }, { "data-name": "new" }),
     ...(record ? [check(page, "like", { label: "as in the record" })] : []), check(page, "hide", { label: "guess first" }), note);
   page.add(slider(page, "rank", { label: "rank r", values: data.ranks, text: (rank) => `rank ${rank}` }),
