@@ -312,8 +312,22 @@ def test_a_notebook_that_fails_gives_its_status(failing, calls, with_bundle, mon
     whole = dev.run
     monkeypatch.setattr(dev, "run", lambda command, *more: whole(command, *more)
                         or 3 * (failing is not None and failing in str(command)))
+    monkeypatch.delenv("CI", raising=False)
     assert dev.main(["colab"]) == (3 if failing else 0)
     assert sum("pytest" in command for command in with_bundle.calls) == calls
+
+
+def test_the_labs_are_looked_at_in_colabs_front_end_last(with_bundle, monkeypatch):
+    """With the driver of .venv; where there is none, a line says so, and under CI it is an error."""
+    monkeypatch.setenv("CI", "true")
+    assert dev.main(["colab"]) == 1
+    (with_bundle.path / ".venv" / "lib" / "python3.11" / "site-packages" / "playwright").mkdir(parents=True)
+    assert dev.main(["colab"]) == 0
+    python, script, program, books = with_bundle.calls[-1]
+    assert python.startswith(str(with_bundle.path / ".venv")) and script.endswith("classic.py")
+    assert ".venv-colab" in program and Path(books).name == "notebooks"
+    dev.main(["colab", "-k", "one"])
+    assert "pytest" in with_bundle.calls[-1], "a choice of tests is only that"
 
 
 def test_another_torch_and_all_else_colabs(with_bundle, monkeypatch):
