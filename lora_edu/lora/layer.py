@@ -28,9 +28,16 @@ def is_conv1d(layer: nn.Module) -> bool:
     return named and getattr(getattr(layer, "weight", None), "ndim", 0) == 2
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """A linear layer whose weight is stored in few bits and made anew when it is read, and that can give a plain layer
+    of itself (`models.quantize.QuantLinear`). Known by what it can do, so that this package need not import it.
+    """
+    return callable(getattr(type(layer), "unquantized", None))
+
+
 def is_linear(layer: nn.Module) -> bool:
     """Can `LoRALinear.wrap` take this layer?"""
-    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+    return isinstance(layer, nn.Linear) or is_quantized(layer) or is_conv1d(layer)
 
 
 def is_plain_conv(layer: nn.Module) -> bool:
@@ -41,14 +48,18 @@ def is_plain_conv(layer: nn.Module) -> bool:
 
 def features(layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a layer that `is_linear`; of a convolution, seen as a matrix over patches."""
+    if is_quantized(layer):                            # without making its weight
+        return layer.in_features, layer.out_features
     rows, columns = layer.weight.shape[0], layer.weight[0].numel()
     return (rows, columns) if is_conv1d(layer) else (columns, rows)
 
 
 def check_weight(layer: nn.Module) -> None:
     """Raise ValueError unless the weight of a layer that `is_linear` is a plain tensor of floating numbers, with
-    values, and kept by the layer itself.
+    values, and kept by the layer itself; or, of a quantised layer, made anew from what it keeps.
     """
+    if is_quantized(layer):
+        return
     weight = layer._parameters.get("weight", layer._buffers.get("weight"))
     if weight is None:
         raise ValueError("its weight is computed (by weight_norm, spectral_norm, pruning or the like), and what a "
@@ -67,7 +78,7 @@ def check_weight(layer: nn.Module) -> None:
 def has_own_forward(layer: nn.Module) -> bool:
     """Does it compute something else than x Wᵀ + b? Then no merged weight can stand for it."""
     own = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    return "forward" in vars(layer) or not (is_conv1d(layer) or type(layer).forward in own)
+    return "forward" in vars(layer) or not (is_conv1d(layer) or is_quantized(layer) or type(layer).forward in own)
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -149,7 +160,7 @@ class LoRALinear(nn.Module):
     """
 
     merged_weight: torch.Tensor | None
-    takes, TAKEN = staticmethod(is_linear), "nn.Linear and transformers' Conv1D"
+    takes, TAKEN = staticmethod(is_linear), "nn.Linear, transformers' Conv1D and a quantised layer"
 
     def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
                  base_layer: nn.Module | None = None, rslora: bool = False, any_rank: bool = False):
@@ -165,7 +176,8 @@ class LoRALinear(nn.Module):
         self.off = False                     # see `lora_off`
         self.read_by_parent = False
         weight = base_layer.weight
-        dtype = weight.dtype if weight.dtype not in (torch.bfloat16, torch.float16) else torch.float32
+        small = weight.dtype in (torch.bfloat16, torch.float16) or is_quantized(base_layer)
+        dtype = torch.float32 if small else weight.dtype
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_edu.lora.factors import some_lora_layers
 from lora_edu.lora.inject import replace
-from lora_edu.lora.layer import LoRALinear
+from lora_edu.lora.layer import LoRALinear, is_quantized
 from lora_edu.lora.targets import shorten, unwrap
 from lora_edu.tables import ShowsTables, Table
 
@@ -186,6 +186,12 @@ def remove_lora(model: nn.Module, *, merge: bool) -> MergeReport | None:
 
 def _put_plain_back(model: nn.Module, name: str, layer: LoRALinear, merge: bool) -> None:
     """One layer, or nothing: were the update written and its factors still there, the next call would add it again."""
+    if is_quantized(layer.base_layer):                       # what is stored stays; a merge needs a plain layer
+        plain = layer.base_layer.unquantized() if merge else layer.base_layer
+        if merge:
+            plain.weight.copy_(layer.folded_weight())
+        replace(model, name, plain)
+        return
     weight = layer.base_layer.weight.data
     folded, before = (layer.folded_weight(), weight.clone()) if merge else (weight, None)
     try:

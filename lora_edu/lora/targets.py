@@ -110,7 +110,7 @@ def _heads_by_name_or_shape(linears: dict[str, nn.Module]) -> list[str]:
              and not re.search(r"(^|\.)\d+\.(?!\d)", name)]
     named = [name for name in alone if name.rpartition(".")[2] in HEADS]
     # (out, in), without a look at the weight, which may be computed when it is read
-    widths = {linear: (linear.out_features, linear.in_features) if isinstance(linear, nn.Linear)
+    widths = {linear: (linear.out_features, linear.in_features) if hasattr(linear, "out_features")
               else tuple(linear.weight.shape)[::-1] for linear in linears.values()}
     read = {into for _, into in widths.values()}
     unread = [name for name in alone if widths[linears[name]][0] not in read]
