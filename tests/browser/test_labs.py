@@ -224,6 +224,19 @@ def test_the_dial_does_not_jump_while_it_is_turned(made, open_lab):
     assert len(places) == 1
 
 
+def test_the_dials_axis_answers_the_pointer_and_a_long_line_leaves_the_slider_where_it_is(made, open_lab):
+    page = open_lab(made("dial"))
+    axis = page.locator("svg[role=img] path").first.bounding_box()
+    page.mouse.click(axis["x"] + axis["width"] / 2, axis["y"] + 20)
+    assert saved(page)["strength"] == 0.6
+    for _ in range(12):
+        page.get_by_role("button", name="write on from here").click()
+        page.wait_for_timeout(250)
+        key = page.evaluate("() => window.sent.at(-1).key")
+        page.evaluate("(key) => window.tell('message', {key, text: ' and so on, and on, and on'.repeat(5)})", key)
+    assert page.get_by_role("slider").bounding_box()["y"] < 800
+
+
 def test_the_dial_asks_the_kernel_for_what_was_not_written_and_keeps_each_words_strength(made, open_lab):
     page = open_lab(made("dial"))
     control(page, "prompt", "Once upon a time").click()
@@ -358,6 +371,10 @@ def test_a_cell_of_the_map_is_chosen_by_a_click_and_says_what_the_record_says(ma
     control(page, "task", "python_docs").click()
     assert control(page, "measure", "slots").get_attribute("aria-disabled") == "true"
     assert page.locator("svg[role=img]").count() == 3, "both rules side by side, and the path"
+    control(page, "task", "bistro").click()
+    control(page, "measure", "slots").click()
+    control(page, "task", "python_docs").click()
+    assert page.locator(".title").first.inner_text() == "alpha = 2r: loss on the task (brighter is better)"
 
 
 def test_the_maps_colours_begin_and_end_where_numpy_says(made, open_lab):

@@ -69,7 +69,7 @@ def test_play_sends_a_tick_only_after_the_answer_and_pause_stops(page):
 
 def test_a_kernel_that_is_busy_is_named_and_one_that_was_interrupted_pauses(page):
     page.get_by_role("button", name="Play").click()
-    page.get_by_text("waiting for the kernel: another cell is running").wait_for()
+    page.get_by_text("waiting for the kernel: it measures, or runs another cell").wait_for()
     tell(page, run(12), problem="interrupted at step 12; press Play to go on")
     answer(page, stop=True)
     assert said(page).startswith("interrupted at step 12; press Play to go on")
@@ -121,7 +121,8 @@ def test_the_record_is_drawn_pale_unless_the_reader_guesses_first(page, trainer)
     found = page.evaluate("() => window.lab.recorded(window.model.get('data').record, window.model.get('state')).path")
     assert found == cell["path"]
     page.get_by_role("slider", name="rank r").press("ArrowLeft")
-    assert "the record has no such setting" in said(page) and page.get_by_text("the record", exact=True).count() == 0
+    assert "the record has no run of this setting" in said(page)
+    assert page.get_by_text("the record", exact=True).count() == 0
     page.get_by_role("slider", name="rank r").press("ArrowRight")
     page.get_by_role("button", name="guess first").click()
     assert page.get_by_text("the record", exact=True).count() == 0
@@ -142,6 +143,15 @@ def test_a_guess_can_be_drawn(page):
     drawn = page.evaluate("() => window.saved.at(-1).drawn")
     assert len(drawn) >= 3 and [step for step, _ in drawn] == sorted(step for step, _ in drawn)
     assert drawn[0][1] > drawn[-1][1], "down is a smaller loss"
+    page.get_by_role("slider", name="my guess of the end").press("Home")
+    assert page.evaluate("() => window.saved.at(-1).drawn") is None, "the slider takes over"
+    page.mouse.move(box["x"] + 60, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 200, box["y"] + 90)
+    page.mouse.up()
+    assert page.evaluate("() => window.saved.at(-1).drawn.length") > 0
+    page.get_by_role("button", name="documentation").click()
+    assert page.evaluate("() => window.saved.at(-1).drawn") is None, "another task is another guess"
 
 
 def test_controls_and_samples_are_above_the_fold(page):
@@ -188,7 +198,7 @@ def test_the_trainer_trains_is_interrupted_goes_on_and_survives_its_cell(open_ce
         play.click()
         wait_until(page, lambda: step(page) > at, "play after an interrupt: it does not go on")
         page.lab(0).get_by_role("slider", name="rank r").press("ArrowLeft")
-        old = "r 8, alpha 16 (2r), lr 0.008, as recorded: "
+        old = "r 8, alpha 16 (2r), lr 0.008: "
         wait_until(page, lambda: old in page.lab(0).inner_text(), "no old curve")
         play.click()                                         # pause
         page.page.wait_for_timeout(500)

@@ -3,6 +3,7 @@
 
 export const blend = (share, from, to) => from.map((a, i) => Math.round(a + Math.min(Math.max(share, 0), 1) * (to[i] - a)));
 const STORY = { light: [0, 114, 178], dark: [86, 180, 233] }, WAITER = { light: [179, 74, 0], dark: [255, 154, 82] };
+const CURVES = [LOOKS[2], LOOKS[4]];           // not the colours of the two voices
 const SIGNS = { right: "✓", wrong: "✗", missing: "–", added: "✗" };
 
 export default { render({ model, el }) {
@@ -15,7 +16,8 @@ export default { render({ model, el }) {
     each[page.root.classList.contains("dark") ? "dark" : "light"]))})`;
   const begin = (prompt) => page.set({ prompt, line: [], written: {} });
 
-  const text = h("p", { class: "big" }), slots = h("div", { class: "row", "aria-label": "slots of the card" });
+  const text = h("p", { class: "big", tabindex: 0, "aria-label": "what is written", style: "max-height: 15em; overflow-y: auto" });
+  const slots = h("div", { class: "row", role: "group", "aria-label": "slots of the card" });
   const piece = (words, strength) => h("span", { title: `strength ${strength.toFixed(1)}`, style:
     `color:${colour(strength)};text-decoration:underline ${(3 * strength).toFixed(1)}px;text-underline-offset:4px` }, words);
   const field = h("input", { type: "text", "aria-label": "a prompt of your own", placeholder: "a prompt of your own",
@@ -34,22 +36,28 @@ export default { render({ model, el }) {
   const top = all.length ? Math.max(...all) * 1.08 : 1, [first, last] = [data.strengths[0], data.strengths.at(-1)];
   const left = 46;
   const panel = chart(page, { height: names.length ? 250 : 64, title: () => data.title,
-    keys: () => names.map((name, i) => [name, { ...LOOKS[i], width: 2 }]),
+    keys: () => names.map((name, i) => [name, CURVES[i]]),
     describe: (state) => `strength ${state.strength.toFixed(1)} of ${first} to ${last}` +
       names.map((name) => `; ${name} ${data.losses[name][at(state)].toFixed(2)}`).join(""),
     draw: (svg, width, height, state) => {
       const plot = axes(svg, width, height, { x: [first, last], y: [0, top], left, yticks: names.length ? undefined : [],
         xticks: data.strengths.filter((value) => Math.abs(value * 5 - Math.round(value * 5)) < 1e-6),
-        xlabel: "strength of the adapter (0: off, 1: as trained)", ylabel: names.length ? "loss (nats per token)" : "" });
+        xlabel: "strength (0: off, 1: as trained)", ylabel: names.length ? "loss (nats per token)" : "" });
       const { X, Y } = plot;
       svg.append(s("line", { x1: X(1), x2: X(1), y1: plot.top, y2: plot.bottom, stroke: "var(--ink)", "stroke-dasharray": "4 3" }),
         s("text", { x: X(1) - 5, y: plot.top - 8, "text-anchor": "end" }, "as trained"),
         s("line", { x1: X(state.strength), x2: X(state.strength), y1: plot.top - 6, y2: plot.bottom, stroke: colour(state.strength), "stroke-width": 3 }));
       names.forEach((name, i) => {
-        line(plot, data.strengths.map((strength, j) => [strength, data.losses[name][j]]), { ...LOOKS[i], every: 1 });
+        line(plot, data.strengths.map((strength, j) => [strength, data.losses[name][j]]), CURVES[i]);
         svg.append(s("circle", { cx: X(state.strength), cy: Y(data.losses[name][at(state)]), r: 7, fill: "var(--ink)" }));
       });
     } });
+  const svg = panel.querySelector("svg[role=img]");
+  svg.style.cursor = "ew-resize";
+  draggable(svg, (event) => {
+    const strength = data.strengths[nearest(data.strengths, svg.value([first, last])(event.clientX))];
+    if (strength !== page.state.strength) page.set({ strength });
+  });
   panel.append(h("div", { style: `padding: 0 4px 0 ${left - 8}px` }, slider(page, "strength", { label: "strength", bare: true,
     values: data.strengths, text: (value) => `strength ${value.toFixed(1)}`, wide: true })));
   page.panels(panel);
@@ -76,9 +84,12 @@ export default { render({ model, el }) {
     if (about === measured) return;
     measured = about;
     text.style.minHeight = slots.style.minHeight = "0";
-    const longest = record ? record.texts.reduce((a, b) => (b.length > a.length ? b : a)) : "";
-    text.textContent = `${state.prompt} ${state.line.map(([words]) => words).join("")}${longest}`;
-    text.style.minHeight = `${text.offsetHeight + (record ? 0 : 70)}px`;
+    const before = `${state.prompt} ${state.line.map(([words]) => words).join("")}`;
+    const heights = (record ? record.texts : [""]).map((words) => {
+      text.textContent = before + words;
+      return text.offsetHeight;
+    });
+    text.style.minHeight = `${Math.max(...heights) + (record ? 0 : 70)}px`;
     const most = record && record.slots ? record.slots.reduce((a, b) => (b.length > a.length ? b : a)) : [];
     slots.replaceChildren(...most.map(([slot]) => h("span", {}, `✗ ${slot}`)));
     slots.style.minHeight = `${slots.offsetHeight}px`;
@@ -90,10 +101,11 @@ export default { render({ model, el }) {
     const said = head(state), record = recorded(state), verdicts = record && record.slots ? record.slots[at(state)] : [];
     text.replaceChildren(h("span", { style: "color: var(--soft)" }, state.prompt + (record && record.slots ? " " : "")),
       ...state.line.map(([words, strength]) => piece(words, strength)),
-      said === undefined ? h("span", { class: "note" }, " … (the kernel writes this when no other cell is running)")
+      said === "" ? h("span", { class: "note" }, " (The text has ended: begin again, or turn.)") : said === undefined ? h("span", { class: "note" }, " … (the kernel writes this when no other cell is running)")
         : piece(said, state.strength));
     slots.replaceChildren(...verdicts.map(([slot, verdict]) => h("span", { style:
       `color: var(--${verdict === "right" ? "good" : verdict === "missing" ? "soft" : "bad"})` }, `${SIGNS[verdict]} ${slot}`)));
+    text.scrollTop = text.scrollHeight;
     on.setAttribute("aria-disabled", said === undefined || said === "");
     const right = verdicts.filter(([, verdict]) => verdict === "right").length;
     return [`strength ${state.strength.toFixed(1)}`, ...names.map((name) => `${name} ${data.losses[name][at(state)].toFixed(2)}`)]

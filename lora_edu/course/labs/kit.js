@@ -25,7 +25,7 @@ const CSS = `
   min-height: 28px; max-width: 100%; cursor: pointer; }
 .lora-lab input[type=text] { flex: 1 1 220px; cursor: text; } .lora-lab input[type=number] { width: 6em; }
 .lora-lab button[aria-pressed=true] { background: var(--ink); color: var(--face); border-color: var(--ink); font-weight: 600; }
-.lora-lab button[aria-disabled=true] { color: var(--soft); border-style: dashed; cursor: not-allowed; }
+.lora-lab button[aria-disabled=true] { color: var(--soft); background: var(--face); border-style: dashed; cursor: not-allowed; }
 .lora-lab :focus-visible { outline: 3px solid var(--c1); outline-offset: 2px; }
 .lora-lab .say { white-space: pre-wrap; margin: 6px 0 0; }
 .lora-lab .big { font-size: 1.45em; line-height: 1.5; max-width: 42em; white-space: pre-wrap; margin: 6px 0; }
@@ -200,6 +200,10 @@ function axes(svg, width, height, { x, y, xlabel, ylabel, logx = false, logy = f
   for (const tick of yticks ?? ticks(y, logy, 5)) svg.append(
     s("line", { x1: left, x2: right, y1: Y(tick), y2: Y(tick), stroke: "var(--faint)" }),
     s("text", { x: left - 6, y: Y(tick) + 4, "text-anchor": "end" }, short(tick)));
+  svg.value = ([low, high]) => (clientX) => {                // the x of a plot under the pointer, between its ends
+    const share = (clientX - svg.getBoundingClientRect().left - left) / (right - left);
+    return low + (high - low) * Math.min(Math.max(share, 0), 1);
+  };
   svg.append(s("path", { d: `M${left} ${top}V${bottom}H${right}`, fill: "none", stroke: "var(--rule)" }),
     s("text", { x: (left + right) / 2, y: height - 3, "text-anchor": "middle" }, xlabel),
     s("text", { x: 2, y: 11 }, ylabel));
@@ -223,6 +227,14 @@ function line({ svg, X, Y }, points, { color, dash = "", width = 2, mark: shape 
   const d = known.map(([x, y], i) => `${i ? "L" : "M"}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join("");
   svg.append(s("path", { d, fill: "none", stroke: color, "stroke-width": width, "stroke-dasharray": dash, opacity }));
   if (shape) known.forEach(([x, y], i) => { if (i % every === 0) svg.append(mark(X(x), Y(y), shape, color, 4, opacity)); });
+}
+
+// While the pointer is down on a picture, `move(event)` follows it.
+function draggable(svg, move, begin = () => true) {
+  let held = false;
+  svg.addEventListener("pointerdown", (event) => { held = begin(event); if (held) { svg.setPointerCapture(event.pointerId); move(event); } });
+  svg.addEventListener("pointermove", (event) => { if (held) move(event); });
+  for (const end of ["pointerup", "pointercancel"]) svg.addEventListener(end, () => { held = false; });
 }
 
 function mark(x, y, shape, color, size = 4, opacity = 1) {

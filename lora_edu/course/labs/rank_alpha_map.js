@@ -31,7 +31,7 @@ export default { render({ model, el }) {
     slider(page, "rank", { label: "rank r", values: ranks, text: (rank) => `rank ${rank}` }),
     slider(page, "lr", { label: "rate", values: rates, text: (rate) => `rate ${short(rate)}` }));
 
-  const map = (rule) => chart(page, { height: 250, title: () => `${rules[rule]}: brighter is better`,
+  const map = (rule) => chart(page, { height: 250, title: (state) => `${rules[rule]}: ${data.measures[shown(state)]} (brighter is better)`,
     describe: (state) => ranks.map((rank) => `rank ${rank}: ` + row(state, rule, rank).map((run) =>
       `${written(run[shown(state)], shown(state))} at ${short(run.lr)}`).join(", ")).join("; "),
     draw: (svg, width, height, state) => {
@@ -42,7 +42,7 @@ export default { render({ model, el }) {
           "stroke-width": w, "stroke-dasharray": dashed && i ? "5 3" : "", "pointer-events": "none" })));
       const x = (run) => left + rates.indexOf(run.lr) * wide, y = (run) => bottom - (ranks.indexOf(run.rank) + 1) * high1;
       svg.append(s("text", { x: 2, y: 11 }, "rank r"), s("text", { x: width / 2, y: height - 3, "text-anchor": "middle" }, "learning rate"));
-      rates.forEach((rate, i) => svg.append(s("text", { x: left + (i + 0.5) * wide, y: bottom + 15, "text-anchor": "middle", style: "font-size: 11px" }, short(rate))));
+      rates.forEach((rate, i) => { if (wide > 36 || i % 2 === 0) svg.append(s("text", { x: left + (i + 0.5) * wide, y: bottom + 15, "text-anchor": "middle", style: "font-size: 11px" }, short(rate))); });
       for (const run of runs(state, rule)) {
         const value = run[measure], gone = value === null || value === undefined, better = (value - low) / ((high - low) || 1);
         const [fill, ink] = gone ? ["none", "var(--ink)"] : shade(measure === "slots" ? better : 1 - better);
@@ -60,7 +60,7 @@ export default { render({ model, el }) {
       if (rule === state.rule) frame(find(state), false);
     } });
 
-  const path = chart(page, { height: 250, title: (state) => `The chosen cell: rank ${state.rank}, rate ${short(state.lr)}, ${rules[state.rule]}`,
+  const path = chart(page, { height: 250, title: (state) => `rank ${state.rank}, rate ${short(state.lr)}, ${rules[state.rule]}`,
     keys: () => [["train", { ...LOOKS[1] }], ["held-out (validation)", { ...LOOKS[0] }]],
     describe: (state) => find(state).path.map(([step, train, valid]) => `step ${step}: train ${written(train)}, held-out ${written(valid)}`).join("; "),
     draw: (svg, width, height, state) => {
@@ -70,7 +70,7 @@ export default { render({ model, el }) {
         xlabel: "optimizer step", ylabel: "loss (nats per token)" });
       const kept = (i) => run.path.map((point) => [point[0], point[i]]).filter(([, y]) => y < start + 0.4 * room);
       svg.append(s("line", { x1: plot.left, x2: plot.right, y1: plot.Y(start), y2: plot.Y(start), stroke: "var(--ink)", "stroke-dasharray": "2 3" }),
-        s("text", { x: plot.right, y: plot.Y(start) - 5, "text-anchor": "end" }, "before training"));
+        s("text", { x: plot.right, y: plot.top + 10, "text-anchor": "end" }, "dotted: before training"));
       line(plot, kept(1), LOOKS[1]);
       line(plot, kept(2), LOOKS[0]);
       if (run.diverged !== null) svg.append(s("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, `diverged at step ${run.diverged}`));
@@ -95,7 +95,7 @@ export default { render({ model, el }) {
         (run.slots === undefined ? "" : `; slots right: ${percent(run.slots)}`);
     return `${tasks[state.task].words}, ${rules[state.rule]}: rank ${run.rank}, alpha ${short(run.alpha)}, scaling ${short(run.scaling)}, learning rate ` +
       `${short(run.lr)}; ${number(run.trainable)} trainable numbers, an adapter of ${number(4 * run.trainable)} bytes in float32\n${end}\n` +
-      `best by validation: in this row ${place(best(row(state, state.rule, state.rank)))}; in the whole map ${place(best(runs(state)))}`;
+      `best by validation: in this row ${place(best(row(state, state.rule, state.rank)))}; of this rule ${place(best(runs(state)))}`;
   };
   const done = page.start();
   return () => { model.off("msg:custom", told); done(); };

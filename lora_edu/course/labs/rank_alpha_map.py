@@ -74,7 +74,8 @@ def opened(trainer, setting: dict) -> str:
         trainer.put_to(**setting)
     except Exception as error:
         return f"the trainer cannot open this setting: {type(error).__name__}: {error}"
-    return "in the trainer: " + ", ".join(f"{name} {value}" for name, value in setting.items())
+    said = setting | {"task": TASKS.get(setting["task"], setting["task"])}
+    return "in the trainer: " + ", ".join(f"{name} {value}" for name, value in said.items())
 
 
 def in_words(data: dict, state: dict, cells: dict) -> str:

@@ -70,13 +70,9 @@ export default { render({ model, el }) {
         if (next !== page.state.rank) page.set({ rank: next });
       };
     } });
-  const draggable = (panel) => {
+  const cuttable = (panel) => {
     const svg = panel.querySelector("svg[role=img]");
-    let held = false;
-    svg.addEventListener("pointerdown", (event) => { held = true; svg.setPointerCapture(event.pointerId); svg.cut(event.clientX); });
-    svg.addEventListener("pointermove", (event) => { if (held) svg.cut(event.clientX); });
-    svg.addEventListener("pointerup", () => { held = false; });
-    svg.addEventListener("pointercancel", () => { held = false; });
+    draggable(svg, (event) => svg.cut(event.clientX));
     return panel;
   };
 
@@ -94,7 +90,7 @@ export default { render({ model, el }) {
       svg.append(s("line", { x1: x, x2: x, y1: plot.top, y2: plot.bottom, stroke: "var(--ink)", "stroke-width": 2 }));
     } });
   page.panels(map("left"), map("right"));
-  page.panels(draggable(spectrum("left", 0)), draggable(spectrum("right", 1)));
+  page.panels(cuttable(spectrum("left", 0)), cuttable(spectrum("right", 1)));
   page.panels(curve("losses", "The model with all its matrices cut: loss", "loss (nats per token)", (value) => value.toFixed(2)),
     ...(names.some((name) => updates[name].slots) ? [curve("slots", "… and slots right", "share of the slots", (value) => percent(value))] : []));
 

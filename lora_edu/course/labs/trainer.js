@@ -15,14 +15,16 @@ export default { render({ model, el }) {
   const set = page.set;
   page.set = (changes) => {                                  // under 2r alpha follows the rank
     const next = { ...page.state, ...changes };
-    set({ ...changes, alpha: next.rule === "2r" ? 2 * next.rank : next.alpha });
+    const alpha = changes.rule === "fixed" ? data.fixed : next.alpha;
+    set({ ...changes, alpha: next.rule === "2r" ? 2 * next.rank : alpha,      // a guess is of one task, and drawn or told
+      drawn: "task" in changes || "guess" in changes ? null : next.drawn });
   };
   const ask = (what) => {
     if (waiting || runs().ended) return;
-    waiting = setTimeout(() => { note.textContent = "waiting for the kernel: another cell is running"; }, 1500);
+    waiting = setTimeout(() => { note.textContent = "waiting for the kernel: it measures, or runs another cell"; }, 3000);
     model.send({ do: what });
   };
-  const play = action("▶ Play", () => { playing = !playing; if (playing) ask("tick"); page.redraw(); }, { "data-name": "play" });
+  const play = action("▶ Play", () => { playing = !playing; note.textContent = ""; if (playing) ask("tick"); page.redraw(); }, { "data-name": "play" });
   const note = h("span", { class: "note" });
   const heard = ({ done, stop }) => {
     clearTimeout(waiting);
@@ -45,7 +47,7 @@ export default { render({ model, el }) {
   page.add(choices(page, "rule", { label: "alpha rule", options: Object.entries(data.rules) }),
     choices(page, "task", { label: "task", options: Object.entries(data.tasks) }));
   page.add(choices(page, "targets", { label: "matrices", options: Object.keys(data.counts).map((name) => [name, name]) }));
-  const guess = slider(page, "guess", { label: "my guess of the end", values: Array.from({ length: 51 }, (_, i) => i / 10),
+  const guess = slider(page, "guess", { label: "my guess of the end (or draw the curve)", values: Array.from({ length: 51 }, (_, i) => i / 10),
     text: (loss) => `loss ${loss.toFixed(1)}` });
   const samples = h("div", { class: "panels", style: "min-height: 6.2em" }), legend = h("div", { class: "row", style: "min-height: 24px" });
   page.add(guess);
@@ -59,11 +61,11 @@ export default { render({ model, el }) {
   const look = (run) => LOOKS[run.look % LOOKS.length];
   const start = (state) => (all()[0]?.points[0]?.[1]) ?? (record?.before[state.task] ?? 4.2);
   const drawn = (state) => state.drawn && state.drawn.length > 1 ? state.drawn : guessed(start(state), state.guess, steps(state));
-  const losses = chart(page, { height: 215, title: (state) => `loss on ${data.tasks[state.task]} (marked: held-out)`,
+  const losses = chart(page, { height: 215, title: (state) => `loss on ${data.tasks[state.task]}`,
     describe: () => all().map((run) => `${run.name}: ${run.points.map(([step, loss]) => `step ${step} ${loss.toFixed(2)}`).join(", ")}`).join("; ") || "no run yet",
     draw: (svg, width, height, state) => {
       const path = pale(state), top = Math.min(12, 1.15 * Math.max(start(state), ...all().flatMap((run) => run.points.map((point) => point[1]))));
-      const plot = axes(svg, width, height, { x: [0, Math.max(steps(state), ...all().map((run) => run.steps))], y: [0, top], xlabel: "optimizer step", ylabel: "loss (nats per token)" });
+      const plot = axes(svg, width, height, { x: [0, Math.max(steps(state), ...all().map((run) => run.steps))], y: [0, top], xlabel: "optimizer step", ylabel: "nats per token; marked: held-out" });
       const inside = (points) => points.filter(([, y]) => y !== null && y <= top);
       if (path) {
         line(plot, inside(path.path.map(([step, train]) => [step, train])), { color: "var(--rule)", width: 3, opacity: 0.45 });
@@ -81,13 +83,11 @@ export default { render({ model, el }) {
     } });
   const pale = (state) => (state.like && !(state.hide && !runs().now?.complete) ? recorded(record, state) : null);
   const svg = losses.querySelector("svg[role=img]");
-  let pen = null;                                            // a guess is drawn from left to right
-  svg.addEventListener("pointerdown", (event) => { if (page.state.hide) { pen = []; svg.setPointerCapture(event.pointerId); } });
-  svg.addEventListener("pointermove", (event) => {
-    const [step, loss] = pen ? svg.at(event) : [];
-    if (pen && step >= 0 && step <= steps(page.state) && loss >= 0 && !(step <= pen.at(-1)?.[0])) { pen.push([step, loss]); page.set({ drawn: pen }); }
-  });
-  svg.addEventListener("pointerup", () => { pen = null; });
+  let pen = [];                                              // a guess is drawn from left to right
+  draggable(svg, (event) => {
+    const [step, loss] = svg.at(event);
+    if (step >= 0 && step <= steps(page.state) && loss >= 0 && !(step <= pen.at(-1)?.[0])) { pen.push([step, loss]); page.set({ drawn: [...pen] }); }
+  }, () => { pen = []; return page.state.hide; });
 
   const spectrum = chart(page, { height: 215, title: () => `scaling · BA of ${(runs().now?.watched ?? "one matrix").replace("model.layers.", "layer ").replace(".self_attn", "").replace(".mlp", "").replace(".", " ")}`, describe: () => `singular values ${(runs().now?.sigma ?? []).map(short).join(", ")}`,
     draw: (svg1, width, height, state) => {
@@ -113,7 +113,7 @@ export default { render({ model, el }) {
     play.textContent = playing ? "❚❚ Pause" : "▶ Play";
     play.setAttribute("aria-pressed", playing);
     for (const name of ["play", "step", "new"]) page.root.querySelector(`[data-name=${name}]`).setAttribute("aria-disabled", Boolean(ended));
-    guess.style.display = state.hide ? "" : "none";
+    guess.style.visibility = state.hide ? "visible" : "hidden";
     samples.replaceChildren(...(all().length ? all().slice(-2).map(written)
       : [h("p", { class: "note" }, "What the last two runs write of one card, or go on with, appears here.")]));
     legend.replaceChildren(...all().map((run) => key(run.name, look(run))), ...(pale(state) ? [key("the record", { color: "var(--rule)", width: 5 })] : []),
@@ -123,7 +123,8 @@ export default { render({ model, el }) {
       : problem || `step ${now?.done ?? 0} of ${now?.steps ?? steps(state)}` + (!now ? ": press Play, or Step" : now.diverged ? `: diverged at step ${now.diverged}, the loss is no finite number any more; choose a smaller rate or alpha`
         : now.complete ? ": complete; move a slider, or press New run" : now.done === now.steps ? ": now the exam" : "");
     const miss = state.hide && now?.complete && !now.diverged ? `\nyou guessed ${drawn(state).at(-1)[1].toFixed(2)} at the end, it is ${now.points.at(-1)[1].toFixed(2)}` : "";
-    const unknown = state.like && record && !recorded(record, state) ? "\nthe record has no such setting: it has rank " + record.ranks.join(", ") + " on all-linear, and rates " + record.rates.map(short).join(", ") : "";
+    const unknown = state.like && record && !recorded(record, state) ? `\nthe record has no run of this setting: it has rank ${record.ranks.join(", ")} with alpha 2r or ${data.fixed}, rates ` +
+      `${record.rates.map(short).join(", ")}, on all-linear` : "";
     return `${stage}\n${data.tasks[state.task]}, ${state.targets}, r ${state.rank}, alpha ${short(state.alpha)}, lr ${short(state.lr)}; scaling = alpha / ${state.rule === "rslora" ? "√r" : "r"} = ${scaling.toFixed(2)}; ${number(count)} trainable parameters, ${number(4 * count)} bytes in float32; ` +
       `${state.like ? data.place.like : data.place.own}${miss}${unknown}` +
       (now?.skipped ? `\n${now.skipped} steps overflowed in float16 and were skipped` : "") + all().filter((run) => run.done).map((run) => `\n${run.name}: ${result(run)}`).join("");

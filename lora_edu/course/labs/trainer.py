@@ -50,8 +50,7 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         where = "" if self.targets == "all-linear" else f", {self.targets}"
-        return (f"r {self.rank}, alpha {self.alpha:g} ({self.rule}), lr {self.lr:g}{where}"
-                + (", as recorded" if self.like else ""))
+        return f"r {self.rank}, alpha {self.alpha:g} ({self.rule}), lr {self.lr:g}{where}"
 
 
 def live_trainer(steps: int = 100) -> "Trainer":
@@ -115,6 +114,7 @@ class Trainer(Lab):
         sides = {name: sum(map(sum, sizes)) for name, sizes in target_sizes(base).items()}     # numbers at rank 1
         most = min(64, *(min(size) for group in target_sizes(base).values() for size in group))
         data = {"title": "live trainer", "tasks": TASKS, "rules": RULES, "rates": RATES, "steps": steps,
+                "fixed": FIXED_ALPHA,
                 "counts": {name: sum(sides[each] for each in its) for name, its in PLACEMENTS.items()},
                 "ranks": (ranks := [r for r in range(1, most + 1) if r <= 16 or r % 8 == 0 or r == most]),
                 "alphas": sorted({1, 2, 4, FIXED_ALPHA} | {2 * rank for rank in ranks}),
@@ -209,7 +209,7 @@ class Trainer(Lab):
                      "problem": self.problem, "ended": self.ended}
 
     def _told(self, run: LiveRun) -> dict:
-        name = str(self.setting)
+        name = str(self.setting) + ("" if self.setting.like or not self.data["record"] else ", not as in the record")
         look = self.looks.setdefault(name, len(self.looks))
         return {"name": name, "look": look, "done": run.done, "steps": run.steps,
                 "losses": list(run.losses), "points": [list(vars(point).values()) for point in run.points],

@@ -75,7 +75,7 @@ def test_the_button_hands_the_setting_over_and_says_what_came_of_it(record, monk
     for rank in (16, 1):
         lab._handle_custom_msg({"open": {"task": "bistro", "rule": "2r", "rank": rank, "alpha": 32, "lr": 0.004}}, [])
     assert trainer.opened == [{"task": "bistro", "rule": "2r", "rank": 16, "alpha": 32, "lr": 0.004}]
-    assert sent == ["in the trainer: task bistro, rule 2r, rank 16, alpha 32, lr 0.004",
+    assert sent == ["in the trainer: task restaurants, rule 2r, rank 16, alpha 32, lr 0.004",
                     "the trainer cannot open this setting: ValueError: rank 1 is too small"]
 
 

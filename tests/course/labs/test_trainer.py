@@ -1,15 +1,15 @@
 """The trainer without a browser: the page's state is set, its messages are answered, and `runs` says what happened."""
-import asyncio
 import gc
 import math
 import random
 import re
 import signal
+import time
 
 import pytest
 import torch
 
-from lora_edu.course.labs import trainer
+from lora_edu.course.labs import live_run, trainer
 from lora_edu.course.labs.live_run import Lesson, LiveRun
 from lora_edu.course.labs.trainer import RATES, Trainer, live_trainer, setting_of
 from lora_edu.course.records.stored import load_record
@@ -207,20 +207,21 @@ def test_an_interrupt_waits_for_the_piece_and_play_goes_on(tr, base, lessons):
     assert tr.runs["now"]["losses"] == plain.losses and tr.runs["problem"] == ""
 
 
-def test_an_interrupt_between_two_ticks_pauses_too(tr):
+def test_an_interrupt_between_two_ticks_pauses_too(tr, monkeypatch):
     """A resting kernel ignores it, and a fifth of the time it rests."""
-    async def play():
-        ask(tr)
-        await asyncio.sleep(0.05)
-        signal.raise_signal(signal.SIGINT)
-        return ask(tr), ask(tr)
-    before, loop = signal.getsignal(signal.SIGINT), asyncio.new_event_loop()
+    class Loop:
+        def call_later(self, seconds, act, *what):
+            act(*what)
+    monkeypatch.setattr(live_run.asyncio, "get_running_loop", Loop)
+    before = signal.getsignal(signal.SIGINT)
     try:
-        first, second = loop.run_until_complete(play())
+        ask(tr)
+        signal.raise_signal(signal.SIGINT)
+        assert (ask(tr)["stop"], ask(tr)["stop"]) == (True, False), "and the next Play goes on"
+        live_run.BETWEEN.append(time.monotonic() - 5)
+        assert not ask(tr)["stop"], "one of long ago was not meant for the training"
     finally:
-        loop.close()
         signal.signal(signal.SIGINT, before)
-    assert (first["stop"], second["stop"]) == (True, False), "and the next Play goes on"
 
 
 def test_an_error_is_said_and_a_new_run_goes_on(tr, monkeypatch):
