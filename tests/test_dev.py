@@ -317,6 +317,11 @@ def test_a_notebook_that_fails_gives_its_status(failing, calls, with_bundle, mon
     assert sum("pytest" in command for command in with_bundle.calls) == calls
 
 
+def test_real_runs_its_tool_in_a_readers_environment(course):
+    assert dev.main(["real"]) == 0
+    assert course.calls[-1][-1].endswith("real.py") and ".[lab,hub]" in str(course.calls)
+
+
 def test_the_labs_are_looked_at_in_colabs_front_end_last(with_bundle, monkeypatch):
     """With the driver of .venv; where there is none, a line says so, and under CI it is an error."""
     monkeypatch.setenv("CI", "true")
