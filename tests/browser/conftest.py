@@ -55,6 +55,14 @@ START = """async ([source, traits]) => {
   window.lab = await import(URL.createObjectURL(new Blob([source], {type: 'text/javascript'})));
   window.end = window.lab.default.render({model: window.model, el: document.getElementById('place')});
 }"""
+# What is wider than its room, and how long the fastest of twenty moves took, in ms.
+TOO_WIDE = """() => [...document.querySelectorAll('html, .lora-lab, .lora-lab div')].filter(node =>
+  node.scrollWidth > node.clientWidth + 1 && node.className !== 'quiet').map(node => node.outerHTML.slice(0, 120))"""
+FASTEST = """() => Math.min(...Array.from({length: 20}, (_, i) => {
+  const slider = document.querySelector('input[type=range]:not([disabled])'), start = performance.now();
+  slider.value = i % (+slider.max + 1); slider.dispatchEvent(new Event('input'));
+  document.body.getBoundingClientRect();
+  return performance.now() - start; }))"""
 ERRORS = ", ".join(f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("stderr", "error"))
 
 

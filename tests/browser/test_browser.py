@@ -79,8 +79,11 @@ def test_a_lab_that_is_cut_off_fails_the_same_check(open_cell):
 def test_the_state_of_a_lab_reaches_python_and_a_reloaded_page_starts_from_it(open_cell):
     with open_cell(PICTURE) as page:
         page.run_all()
-        page.lab(0).locator("input[type=range]").press("Home")
         page.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        page.page.wait_for_timeout(2000)
+        page.lab(0).locator("input[type=range]").press("Home")       # after the file: it can only come from the kernel
+        page.page.wait_for_timeout(1000)
+        page.page.on("dialog", lambda dialog: dialog.accept())
         page.page.reload()
         page.page.wait_for_selector(".lora-lab", timeout=60_000)
         assert page.lab(0).locator(".say").inner_text().startswith("rank 1:")

@@ -21,6 +21,7 @@ from lora_edu.measure.memory import OPTIMIZERS, RECIPES
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.models.sizes import PRESETS
 from lora_edu.numbers import bytes_in_words
+from tests.browser.conftest import FASTEST, TOO_WIDE
 
 pytestmark = pytest.mark.browser
 
@@ -129,9 +130,7 @@ def test_every_button_answers_to_a_click_and_to_the_keyboard(name, made, open_la
 def test_nothing_is_wider_than_the_page_and_axe_finds_nothing_serious(name, width, dark, made, open_lab):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = open_lab(made(name), width=width, dark=dark)
-    assert page.evaluate("() => document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    assert page.evaluate("() => [...document.querySelectorAll('.lora-lab, .lora-lab div')].every(node => "
-                         "node.scrollWidth <= node.clientWidth + 1 || node.className === 'quiet')")
+    assert page.evaluate(TOO_WIDE) == []
     found = axe.Axe().run(page).response["violations"]
     serious = {each["id"]: each["nodes"][0]["html"] for each in found if each["impact"] in ("serious", "critical")}
     assert serious == {}
@@ -141,12 +140,7 @@ def test_nothing_is_wider_than_the_page_and_axe_finds_nothing_serious(name, widt
 def test_a_move_takes_less_than_a_frame(name, made, open_lab):
     """16 ms; the best of 20, in the page's own clock: another program must not decide."""
     page = open_lab(made(name))
-    best = page.evaluate("""() => Math.min(...Array.from({length: 20}, (_, i) => {
-        const slider = document.querySelector('input[type=range]:not([disabled])'), start = performance.now();
-        slider.value = i % (+slider.max + 1); slider.dispatchEvent(new Event('input'));
-        document.body.getBoundingClientRect();
-        return performance.now() - start; }))""")
-    assert best < 16
+    assert page.evaluate(FASTEST) < 16
 
 
 def test_a_group_is_named_the_status_is_polite_and_speaks_at_most_twice_a_second(made, open_lab):

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from lora_edu.course.labs.trainer import live_trainer
+from tests.browser.conftest import FASTEST, TOO_WIDE
 
 pytestmark = pytest.mark.browser
 
@@ -150,6 +151,13 @@ def test_a_guess_can_be_drawn(page):
     page.mouse.move(box["x"] + 200, box["y"] + 90)
     page.mouse.up()
     assert page.evaluate("() => window.saved.at(-1).drawn.length") > 0
+    page.get_by_role("button", name="guess first").hover()
+    tell(page, run(10, steps=200))                           # the axis is as long as the longest run
+    page.mouse.move(box["x"] + 60, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 46 + (box["width"] - 58) / 4, box["y"] + 90)
+    page.mouse.up()
+    assert abs(page.evaluate("() => window.saved.at(-1).drawn.at(-1)[0]") - 50) <= 1
     page.get_by_role("button", name="documentation").click()
     assert page.evaluate("() => window.saved.at(-1).drawn") is None, "another task is another guess"
 
@@ -164,11 +172,15 @@ def test_controls_and_samples_are_above_the_fold(page):
     assert page.evaluate("() => document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
-def test_axe_finds_nothing_serious(page):
+@pytest.mark.parametrize("width, dark", [(1440, False), (390, True)])
+def test_it_fits_and_axe_finds_nothing_serious_and_a_move_takes_less_than_a_frame(width, dark, trainer, open_lab):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    page = open_lab(trainer, width=width, dark=dark)
+    page.get_by_role("button", name="guess first").click()
     tell(page, run(25), [run(100, complete=True, slots=0.5)])
     found = axe.Axe().run(page).response["violations"]
     assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
+    assert page.evaluate(TOO_WIDE) == [] and page.evaluate(FASTEST) < 16
 
 
 # -- in JupyterLab -----------------------------------------------------------------------------------------------------

@@ -85,17 +85,14 @@ def plot_points(groups: dict, title: str, xlabel: str, ylabel: str, texts: bool 
 
 
 def plot_two_losses(alphas, task_loss, tales_loss, title: str, alpha: float | None = None) -> Figure:
-    """Two losses over alpha; with ``alpha``, a black marker on each line there.
-
-    A slider moves these: see ``labs/alpha_dial.py``.
-    """
+    """Two losses over alpha; with ``alpha``, a black marker on each line there."""
     fig, ax = new_figure(title=title, xlabel=LABELS["alpha"], ylabel=LABELS["loss"])
     ax.plot(alphas, task_loss, label="the new task", markevery=max(1, len(alphas) // 10), **look(0))
     ax.plot(alphas, tales_loss, label="the tales", markevery=max(1, len(alphas) // 10), **look(1))
     if alpha is not None:
         here = int(np.abs(np.asarray(alphas) - alpha).argmin())
-        ax.axvline(alphas[here], color=GREY, linewidth=1, gid="here")
+        ax.axvline(alphas[here], color=GREY, linewidth=1)
         ax.plot([alphas[here]] * 2, [task_loss[here], tales_loss[here]], color=BLACK, marker="o", markersize=9,
-                linestyle="none", gid="here")
+                linestyle="none")
     ax.legend(frameon=False)
     return fig

@@ -29,21 +29,18 @@ def plot_bills(bills: dict[str, Bill], title: str) -> Figure:
     return fig
 
 
-def stacks(ax, bills: dict[str, Bill]) -> dict[str, list]:
+def stacks(ax, bills: dict[str, Bill]) -> None:
     """The bars of each category, by its name."""
-    drawn, left = {}, [0.0] * len(bills)
+    left = [0.0] * len(bills)
     for part, (color, hatch) in LOOKS.items():
         width = [bill.parts[part] / GB for bill in bills.values()]
-        drawn[part] = ax.barh(list(bills), width, left=left, height=0.6, color=color, hatch=hatch, edgecolor="white",
-                              linewidth=0.5,
-                              label=part)
+        ax.barh(list(bills), width, left=left, height=0.6, color=color, hatch=hatch, edgecolor="white", linewidth=0.5,
+                label=part)
         left = [a + b for a, b in zip(left, width)]
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    where, columns = (-0.3, 7) if len(bills) == 1 else (-0.2, 4)
-    ax.legend(frameon=False, fontsize=8, ncols=columns, columnspacing=1, loc="upper center",
-              bbox_to_anchor=(0.45, where))
-    return drawn
+    where = -0.2 if len(bills) > 1 else -0.45                    # a lone bar is a low picture
+    ax.legend(frameon=False, fontsize=8, ncols=4, columnspacing=1, loc="upper center", bbox_to_anchor=(0.45, where))
 
 
 def frame(ax, largest: float) -> None:

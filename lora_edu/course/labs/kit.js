@@ -57,18 +57,19 @@ const short = (value) => {
 };
 const percent = (share, digits = 0) => `${number(100 * share, digits)}%`;
 
-// One page: what is on it, its state, and how it is drawn. `draw` (set by the lab) returns the sentence of the state.
+// One page: what is on it, its state, and how it is drawn. `draw` (set by the lab) returns the sentence of the state;
+// `fit(next, changes)`, where a lab has one, gives what else must change with them.
 function lab(model, el, name) {
   const root = h("div", { class: "lora-lab", role: "group", "aria-label": name, "data-lm-suppress-shortcuts": "true",
     onkeydown: (event) => event.stopPropagation() });        // an arrow key moves the control, and not the notebook
   const say = h("p", { class: "say" }), quiet = h("div", { class: "quiet", role: "status", "aria-live": "polite" });
-  const page = { root, model, state: { ...model.get("state") }, shown: [], draw: () => "" };
+  const page = { root, state: { ...model.get("state") }, shown: [], draw: () => "", fit: () => ({}) };
   let width = 0, timer = null, spoken = Date.now();
   page.add = (...nodes) => { root.insertBefore(h("div", { class: "row" }, ...nodes), say); };
   page.panels = (...nodes) => { root.insertBefore(h("div", { class: "panels" }, ...nodes), say); };
   page.block = (node) => root.insertBefore(node, say);
   page.set = (changes) => {
-    Object.assign(page.state, changes);
+    Object.assign(page.state, changes, page.fit({ ...page.state, ...changes }, changes));
     page.redraw();
     model.set("state", { ...page.state });
     model.save_changes();
@@ -165,7 +166,7 @@ const action = (label, act, attributes = {}) => h("button", { type: "button", on
 
 // -- pictures: an svg that is drawn for the room it has -----------------------------------------------------------------
 
-// draw(svg, width, height, state): fills the empty svg; it may return the sentence that describes it.
+// draw(svg, width, height, state) fills the empty svg; describe(state) says what it shows.
 function chart(page, { height, title = () => "", keys = () => [], describe, draw }) {
   const name = h("div", { class: "title" }), legend = h("div", { class: "row" });
   const svg = s("svg", { role: "img" }), panel = h("div", { class: "panel" }, name, legend, svg);

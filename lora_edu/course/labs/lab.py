@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from lora_edu.course.page.show import picture_html
 
 HERE = Path(__file__).parent
-VIEW = "application/vnd.jupyter.widget-view+json"
 MOVE = "Run this cell to move it."
 
 
@@ -24,6 +23,15 @@ MOVE = "Run this cell to move it."
 def module(name: str) -> str:
     """The source of a lab's module: one text without imports."""
     return "\n".join((HERE / f"{part}.js").read_text(encoding="utf-8") for part in ("kit", name))
+
+
+def ranks_up_to(most: int, *also: int) -> list[int]:
+    """The ranks of a slider: every one up to 16, then four to a doubling; the largest, and those asked for.
+
+    >>> ranks_up_to(40)
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 20, 24, 28, 32, 40]
+    """
+    return [r for r in range(1, most + 1) if r <= 16 or r in (most, *also) or r % (1 << r.bit_length() - 3) == 0]
 
 
 class Lab(anywidget.AnyWidget):

@@ -97,12 +97,10 @@ export default { render({ model, el }) {
     return data.ranks.filter((rank) => rank <= Math.min(...targets[state.targets].flatMap((name) => matrices[name])));
   };
   const four = (recipe) => recipe.startsWith("nf4");
-  const set = page.set;
-  page.set = (changes) => {                                 // a model that cannot have the setting gets the nearest
-    const next = { ...page.state, ...changes };
+  page.fit = (next) => {                                    // a model that cannot have the setting gets the nearest
     const targets = next.targets in sizesOf(next).targets ? next.targets : "attention";
-    set({ ...changes, targets, length: Math.min(next.length, sizesOf(next).context), rank: ranksOf({ ...next, targets })
-      .findLast((rank) => rank <= next.rank) });
+    return { targets, length: Math.min(next.length, sizesOf(next).context),
+      rank: ranksOf({ ...next, targets }).findLast((rank) => rank <= next.rank) };
   };
   page.add(pick(page, "model", { label: "model", options: Object.keys(data.models).map((name) => [name, name]) }),
     choices(page, "method", { label: "method", options: [["lora", "lora"], ["full", "full"]],

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from lora_edu.course.figures.spectra import readable_on
 from lora_edu.course.labs.lab import Lab
 from lora_edu.course.page.show import LABELS, new_figure
+from lora_edu.course.records.rank import best_of
 from lora_edu.lora.settings import RULES
 from lora_edu.training.tasks import TASKS
 
@@ -41,7 +42,7 @@ def grid_explorer(record: dict, trainer=None) -> Lab:
             "before": record["before"], "grid": list(cells.values()), "trains": trainer is not None}
     state = {"task": next(iter(tasks)), "measure": "test", "rule": next(iter(data["rules"])),
              "rank": ranks[len(ranks) // 2], "lr": rates[len(rates) // 2]}
-    lab = Lab("rank_alpha_map", data, state, in_words(data, state, cells), picture(data, state, cells))
+    lab = Lab("rank_alpha_map", data, state, in_words(data, state), picture(data, state, cells))
     if trainer is not None:
         lab.on_msg(lambda _, asked, buffers: lab.send({"said": opened(trainer, asked["open"])}))
     return lab
@@ -78,16 +79,15 @@ def opened(trainer, setting: dict) -> str:
     return "in the trainer: " + ", ".join(f"{name} {value}" for name, value in said.items())
 
 
-def in_words(data: dict, state: dict, cells: dict) -> str:
+def in_words(data: dict, state: dict) -> str:
     """The best of each row by validation, for each rule: what the maps show at a glance."""
     lines = [f"{data['tasks'][state['task']]['words']}, the best learning rate of each rank, chosen on validation "
              "(test loss in nats per token)"]
     for rule, words in data["rules"].items():
-        rows = [[cells[state["task"], rule, rank, rate] for rate in data["rates"]] for rank in data["ranks"]]
-        best = [min((run for run in row if run["valid"] is not None), key=lambda run: run["valid"], default=None)
-                for row in rows]
-        lines.append(f"{words}: " + ", ".join(f"rank {rank}: " + (f"{run['lr']:g} ({run['test']:.3f})" if run else
-                                                                  "none") for rank, run in zip(data["ranks"], best)))
+        best = [best_of(data["grid"], state["task"], rank, rule) for rank in data["ranks"]]
+        lines.append(f"{words}: " + ", ".join(
+            f"rank {run['rank']}: " + ("none" if run["valid"] is None else f"{run['lr']:g} ({run['test']:.3f})")
+            for run in best))
     return "\n".join(lines)
 
 

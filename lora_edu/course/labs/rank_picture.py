@@ -4,7 +4,7 @@ import base64
 import numpy as np
 
 from lora_edu.course.figures.matrices import as_matrix, plot_picture_ranks
-from lora_edu.course.labs.lab import Lab
+from lora_edu.course.labs.lab import Lab, ranks_up_to
 
 
 def rank_picture(image, rank: int = 8, title: str = "Few numbers make a recognisable picture") -> Lab:
@@ -17,8 +17,7 @@ def rank_picture(image, rank: int = 8, title: str = "Few numbers make a recognis
     if not 1 <= rank <= most:
         raise ValueError(f"rank={rank} does not fit a {height} x {width} picture: choose 1 <= rank <= {most}.")
     U, S, Vh = np.linalg.svd(pixels, full_matrices=False)
-    ranks = [r for r in range(1, most + 1) if r in (rank, most) or r <= 16 or r % (1 << (r.bit_length() - 4) + 1) == 0]
-    data = {"title": title, "height": height, "width": width, "ranks": ranks, "values": S.tolist(),
+    data = {"title": title, "height": height, "width": width, "ranks": ranks_up_to(most, rank), "values": S.tolist(),
             "left": packed((U * S).T), "right": packed(Vh)}
     return Lab("rank_picture", data, {"rank": rank}, in_words(pixels.shape, S, rank),
                plot_picture_ranks(pixels, ranks=(rank,), title=title, width=2.3))

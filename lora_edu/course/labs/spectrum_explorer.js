@@ -64,8 +64,7 @@ export default { render({ model, el }) {
         style: "cursor: ew-resize; touch-action: none", "data-cut": side });
       svg.append(hand);
       svg.cut = (clientX) => {
-        const share = (clientX - svg.getBoundingClientRect().left - plot.left) / (plot.right - plot.left);
-        const rank = 0.8 * (1.3 * most / 0.8) ** Math.min(Math.max(share, 0), 1);
+        const rank = Math.exp(svg.value([Math.log(0.8), Math.log(1.3 * most)])(clientX));
         const next = rank < 0.95 ? 0 : ranks[nearest(ranks.map((each) => Math.log(each || 0.5)), Math.log(rank))];
         if (next !== page.state.rank) page.set({ rank: next });
       };

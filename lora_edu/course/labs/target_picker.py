@@ -3,7 +3,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lora_edu.course.figures.curves import plot_bars
-from lora_edu.course.labs.lab import Lab
+from lora_edu.course.labs.lab import Lab, ranks_up_to
 from lora_edu.lora.targets import PROJECTIONS
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -35,7 +35,7 @@ def target_picker(model: nn.Module, rank: int = 8, chosen=("q_proj", "v_proj"),
     data = {"title": title, "groups": {group: names for group, names in groups.items() if names},
             "sides": {name: sum(out + into for out, into in group) for name, group in sizes.items()},   # at rank 1
             "frozen": sum(p.numel() for p in model.parameters()),
-            "ranks": [r for r in range(1, most + 1) if r in (rank, most) or r <= 16 or r % 4 == 0]}
+            "ranks": ranks_up_to(most, rank)}
     state = {"rank": rank, "chosen": [name for name in sizes if name in chosen]}
     return Lab("target_picker", data, state, in_words(data, **state), picture(data, rank))
 

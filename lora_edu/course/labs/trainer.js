@@ -12,13 +12,9 @@ export default { render({ model, el }) {
   const data = model.get("data"), page = lab(model, el, data.title), record = data.record;
   const runs = () => model.get("runs"), steps = (state) => (state.like && record ? record.tasks[state.task].steps : data.steps);
   let playing = false, waiting = null, timer = null;
-  const set = page.set;
-  page.set = (changes) => {                                  // under 2r alpha follows the rank
-    const next = { ...page.state, ...changes };
-    const alpha = changes.rule === "fixed" ? data.fixed : next.alpha;
-    set({ ...changes, alpha: next.rule === "2r" ? 2 * next.rank : alpha,      // a guess is of one task, and drawn or told
-      drawn: "task" in changes || "guess" in changes ? null : next.drawn });
-  };
+  page.fit = (next, changes) => ({                           // under 2r alpha follows the rank; a guess is of one task,
+    alpha: next.rule === "2r" ? 2 * next.rank : changes.rule === "fixed" ? data.fixed : next.alpha,
+    drawn: "task" in changes || "guess" in changes ? null : next.drawn });      // and drawn or told
   const ask = (what) => {
     if (waiting || runs().ended) return;
     waiting = setTimeout(() => { note.textContent = "waiting for the kernel: it measures, or runs another cell"; }, 3000);
@@ -64,8 +60,8 @@ export default { render({ model, el }) {
   const losses = chart(page, { height: 215, title: (state) => `loss on ${data.tasks[state.task]}`,
     describe: () => all().map((run) => `${run.name}: ${run.points.map(([step, loss]) => `step ${step} ${loss.toFixed(2)}`).join(", ")}`).join("; ") || "no run yet",
     draw: (svg, width, height, state) => {
-      const path = pale(state), top = Math.min(12, 1.15 * Math.max(start(state), ...all().flatMap((run) => run.points.map((point) => point[1]))));
-      const plot = axes(svg, width, height, { x: [0, Math.max(steps(state), ...all().map((run) => run.steps))], y: [0, top], xlabel: "optimizer step", ylabel: "nats per token; marked: held-out" });
+      const last = Math.max(steps(state), ...all().map((run) => run.steps)), path = pale(state), top = Math.min(12, 1.15 * Math.max(start(state), ...all().flatMap((run) => run.points.map((point) => point[1]))));
+      const plot = axes(svg, width, height, { x: [0, last], y: [0, top], xlabel: "optimizer step", ylabel: "nats per token; marked: held-out" });
       const inside = (points) => points.filter(([, y]) => y !== null && y <= top);
       if (path) {
         line(plot, inside(path.path.map(([step, train]) => [step, train])), { color: "var(--rule)", width: 3, opacity: 0.45 });
@@ -77,8 +73,8 @@ export default { render({ model, el }) {
         line(plot, inside(run.points.map(([step, loss]) => [step, loss])), look(run));
       }
       svg.at = (event) => {                                  // [step, loss] under the pointer
-        const box = svg.getBoundingClientRect(), share = (event.clientX - box.left - plot.left) / (plot.right - plot.left);
-        return [Math.round(share * steps(state)), top * (plot.bottom - (event.clientY - box.top) * height / box.height) / (plot.bottom - plot.top)];
+        const up = (plot.bottom - (event.clientY - svg.getBoundingClientRect().top)) / (plot.bottom - plot.top);
+        return [Math.round(svg.value([0, last])(event.clientX)), top * up];
       };
     } });
   const pale = (state) => (state.like && !(state.hide && !runs().now?.complete) ? recorded(record, state) : null);

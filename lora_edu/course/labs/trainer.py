@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 import traitlets
+from matplotlib.figure import Figure
 from torch import nn
 
 from lora_edu.course.figures.curves import plot_loss_curves
-from lora_edu.course.labs.lab import Lab
+from lora_edu.course.labs.lab import Lab, ranks_up_to
 from lora_edu.course.labs.live_run import Lesson, LiveRun, waiting_interrupt
 from lora_edu.course.labs.target_picker import target_sizes
 from lora_edu.course.records.rank import ROWS
@@ -111,19 +112,19 @@ class Trainer(Lab):
         self.looks: dict[str, int] = {}            # one colour a setting
         self.problem, self.ended = "", False
         self.lock = threading.RLock()              # JupyterLab may run two callbacks in two threads
-        sides = {name: sum(map(sum, sizes)) for name, sizes in target_sizes(base).items()}     # numbers at rank 1
-        most = min(64, *(min(size) for group in target_sizes(base).values() for size in group))
+        shapes = target_sizes(base)
+        sides = {name: sum(map(sum, group)) for name, group in shapes.items()}     # numbers at rank 1
+        most = min(64, *(min(size) for group in shapes.values() for size in group))
         data = {"title": "live trainer", "tasks": TASKS, "rules": RULES, "rates": RATES, "steps": steps,
                 "fixed": FIXED_ALPHA,
                 "counts": {name: sum(sides[each] for each in its) for name, its in PLACEMENTS.items()},
-                "ranks": (ranks := [r for r in range(1, most + 1) if r <= 16 or r % 8 == 0 or r == most]),
+                "ranks": (ranks := ranks_up_to(most)),
                 "alphas": sorted({1, 2, 4, FIXED_ALPHA} | {2 * rank for rank in ranks}),
                 "record": for_the_page(record) if record else None,
                 "place": {"own": where, "like": f"{ROWS} rows a step and the precision of the record"}}
         state = BEGIN | {"rank": min(8, most), "alpha": 2 * min(8, most), "like": record is not None}
         self.setting = setting_of(state)
-        said = f"{TASKS[self.setting.task]}, {self.setting}: press Play, and it trains in front of you."
-        super().__init__("trainer", data, state, said, picture(data, state))
+        super().__init__("trainer", data, state, *without_a_page(data, state, self.setting))
         self.observe(self._moved, "state")
         self.on_msg(self._asked)
         self._tell()
@@ -230,12 +231,14 @@ def for_the_page(record: dict) -> dict:
             "grid": [{name: run[name] for name in wanted} for run in record["grid"]]}
 
 
-def picture(data: dict, state: dict):
-    """The recorded curve of where the trainer starts; None without a record."""
+def without_a_page(data: dict, state: dict, setting: Setting) -> tuple[str, Figure | None]:
+    """Where the trainer starts, in words, and its recorded curve; None without a record."""
+    said = f"{TASKS[setting.task]}, {setting}: press Play, and it trains in front of you."
     grid = data["record"]["grid"] if data["record"] else []
-    found = [run for run in grid if all(run[name] == state[name] for name in ("task", "rule", "rank", "lr"))]
+    found = [run["path"] for run in grid if all(run[name] == state[name] for name in ("task", "rule", "rank", "lr"))]
     if not found:
-        return None
-    return plot_loss_curves({"batches": [point[:2] for point in found[0]["path"]],
-                             "held-out": [(step, valid) for step, _, valid in found[0]["path"]]},
-                            f"As recorded: {TASKS[state['task']]}, rank {state['rank']}, rate {state['lr']:g}")
+        return said, None
+    curves = {"batches": [point[:2] for point in found[0]], "held-out": [(step, valid) for step, _, valid in found[0]]}
+    step, batch, valid = found[0][-1]
+    return (f"{said} As recorded, at step {step}: batch {batch:.3f}, held-out {valid:.3f} nats per token.",
+            plot_loss_curves(curves, f"As recorded: {TASKS[setting.task]}, rank {setting.rank}, rate {setting.lr:g}"))
