@@ -22,9 +22,10 @@ def fits_on(total: float) -> list[str]:
 
 def plot_bills(bills: dict[str, Bill], title: str) -> Figure:
     """One stacked bar a bill, in GB; dotted lines are cards."""
-    fig, ax = new_figure(width=7.6, height=1.9 + 0.42 * len(bills), xlabel=AXIS)
+    fig, ax = new_figure(width=7.6, height=2.1 + 0.42 * len(bills), xlabel=AXIS)
     ax.set_title(title, pad=24)                       # above the names of the cards
     stacks(ax, bills)
+    fig.legend(frameon=False, fontsize=8, ncols=4, columnspacing=1, loc="outside lower center")
     frame(ax, max(bill.total for bill in bills.values()))
     return fig
 
@@ -39,8 +40,6 @@ def stacks(ax, bills: dict[str, Bill]) -> None:
         left = [a + b for a, b in zip(left, width)]
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    where = -0.2 if len(bills) > 1 else -0.45                    # a lone bar is a low picture
-    ax.legend(frameon=False, fontsize=8, ncols=4, columnspacing=1, loc="upper center", bbox_to_anchor=(0.45, where))
 
 
 def frame(ax, largest: float) -> None:

@@ -80,10 +80,12 @@ def title_of(fig: Figure) -> str:
     return fig.get_suptitle() or (fig.axes[0].get_title() if fig.axes else "") or "untitled"
 
 
-def titles_cut(fig: Figure) -> list[str]:
-    """The titles that reach beyond the figure, which `png` has drawn: a reader sees them cut."""
+def texts_cut(fig: Figure) -> list[str]:
+    """Titles, and names in legends, that reach beyond the figure, which `png` has drawn: a reader sees them cut."""
     texts = [title for ax in fig.axes for title in (ax.title, ax._left_title, ax._right_title)]
     texts += [fig._suptitle] if fig._suptitle else []
+    legends = [*fig.legends, *filter(None, (ax.get_legend() for ax in fig.axes))]
+    texts += [text for legend in legends for text in legend.get_texts()]
     room = fig.bbox.expanded(1 + 2 / fig.bbox.width, 1 + 2 / fig.bbox.height)      # a pixel is no cut
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
     return [text for text, box in boxes if not (room.contains(box.x0, box.y0) and room.contains(box.x1, box.y1))]
@@ -95,8 +97,8 @@ def picture_html(fig: Figure, alt: str | None = None, caption: str = "") -> str:
     HTML, because JupyterLab shows an image/png without its alt text.
     """
     data = base64.b64encode(_few_colors(png(fig))).decode()
-    if os.environ.get("LORA_EDU_CLAIMS") == "raise" and (cut := titles_cut(fig)):      # tests, and what is stored
-        raise ValueError(f"the title {cut[0]!r} is wider than its figure: shorten it, or make the figure wider.")
+    if os.environ.get("LORA_EDU_CLAIMS") == "raise" and (cut := texts_cut(fig)):      # tests, and what is stored
+        raise ValueError(f"{cut[0]!r} reaches beyond its figure: shorten it, or make the figure larger.")
     picture = (f'<img alt="{escape(alt or title_of(fig))}" width="{round(fig.get_figwidth() * fig.dpi)}" '
                f'src="data:image/png;base64,{data}">')
     return picture + (f"<p>{escape(caption)}</p>" if caption else "")

@@ -160,11 +160,17 @@ def test_a_title_that_is_cut_is_found_and_fails_where_claims_do(monkeypatch):
     for titles, cut in (({"title": "short"}, []), ({"title": long}, [long])):
         fig, _ = show.new_figure(**titles)
         show.png(fig)
-        assert show.titles_cut(fig) == cut
+        assert show.texts_cut(fig) == cut
     fig, _ = show.new_figure(title="short")
     fig.suptitle(long)
+    legend, ax = show.new_figure(title="short")
+    ax.plot([0, 1], label="below the figure")
+    ax.legend(bbox_to_anchor=(0.5, -0.6), loc="upper center")
+    legend.set_layout_engine("none")
+    show.png(legend)
+    assert show.texts_cut(legend) == ["below the figure"]
     monkeypatch.setenv("LORA_EDU_CLAIMS", "raise")
-    with pytest.raises(ValueError, match="is wider than its figure: shorten it"):
+    with pytest.raises(ValueError, match="reaches beyond its figure: shorten it"):
         show.picture_html(fig)
     monkeypatch.delenv("LORA_EDU_CLAIMS")
     assert show.picture_html(fig).startswith("<img "), "a reader sees it all the same"
