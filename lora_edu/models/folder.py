@@ -55,6 +55,23 @@ def _refuse_unsupported(raw: Mapping, file: Path) -> None:
                          "transformers instead; apply_lora takes that model too.")
 
 
+def read_chat(path: Path) -> dict[str, str | None]:
+    """How a folder's model is talked to: its `chat_template`, `bos_token` and `eos_token`; None where it does not say.
+
+    The template is in a file of its own, or among the tokenizer's settings, where it may be one of several.
+    """
+    file = path / "tokenizer_config.json"
+    said = read_json(file, "the tokenizer_config.json of a model") if file.is_file() else {}
+    template = said.get("chat_template")
+    if isinstance(template, list):
+        template = next((each["template"] for each in template if each.get("name") == "default"), None)
+    if (own := path / "chat_template.jinja").is_file():
+        template = own.read_text(encoding="utf-8")
+    tokens = {key: said.get(key) for key in ("bos_token", "eos_token")}
+    return {"chat_template": template} | {key: token.get("content") if isinstance(token, Mapping) else token
+                                          for key, token in tokens.items()}
+
+
 def read_tensors(path: str | Path, wanted: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """Exactly the tensors of `wanted`, each of the shape it says, one file open at a time.
 

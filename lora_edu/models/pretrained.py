@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from lora_edu.files import fetch, from_hub
+from lora_edu.models.folder import read_chat, read_config
 from lora_edu.models.llama import Llama
 
 FABLE = Path(__file__).parent / "fable"
@@ -39,16 +40,18 @@ def best_device() -> torch.device:
 
 
 def load_pretrained(name: str | Path = "fable", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tokenizer]:
-    """A model in eval mode on the CPU, and its tokenizer: a `tokenizers.Tokenizer`, from the hub one of transformers.
+    """A model in eval mode on the CPU, and its tokenizer: a `Llama` and a `tokenizers.Tokenizer`, which carries the
+    folder's `chat_template`, `bos_token` and `eos_token`.
 
     Args:
         name: "fable" (in the package, offline), the path of a Hugging Face folder of a LLaMA, or a name on the hub
-            such as "HuggingFaceTB/SmolLM2-135M" (through transformers: the extra `hub`, and a network the first time).
+            such as "HuggingFaceTB/SmolLM2-135M", fetched once. From the hub, what is no LLaMA comes through
+            transformers (the extra `hub`), as transformers' model and tokenizer.
         dtype: of the weights; fable is stored in bfloat16, and widening it loses nothing.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not complete, or its config is not supported.
-        RuntimeError: a hub name, and transformers or the network is missing.
+        RuntimeError: a hub name, and the network is missing, or transformers for what is no LLaMA.
 
     >>> model, tokenizer = load_pretrained("fable")
     >>> sum(p.numel() for p in model.parameters())
@@ -57,21 +60,37 @@ def load_pretrained(name: str | Path = "fable", dtype: torch.dtype = torch.float
     'Once upon a time'
     """
     path = FABLE if name == "fable" else Path(name)
-    if not path.is_dir():
-        return _load_from_hub(str(name), dtype)
+    if path.is_dir():
+        return _load_folder(path, dtype)
+    path = fetch(str(name))
+    from_hub(str(name), ["*.json", "*.txt", "*.jinja", "tokenizer.model"])      # beside the weights: the tokenizer
+    return _load_folder(path, dtype) if _is_ours(path) else _load_with_transformers(path, str(name), dtype)
+
+
+def _is_ours(path: Path) -> bool:
+    """Can `Llama` and `Tokenizer` read this folder?"""
+    try:
+        read_config(path)
+    except ValueError:
+        return False
+    return (path / "tokenizer.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
     model = Llama.from_folder(path, dtype)
     file = path / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no tokenizer.json: save the model's fast tokenizer there.")
-    return model, Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_file(str(file))
+    for key, value in read_chat(path).items():
+        setattr(tokenizer, key, value)
+    return model, tokenizer
 
 
-def _load_from_hub(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
+def _load_with_transformers(path: Path, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
-        raise RuntimeError(f"{name!r} is neither 'fable' nor a folder, and loading it from the hub needs transformers: "
+        raise RuntimeError(f"{name!r} is no LLaMA, and loading it needs transformers: "
                            'pip install "lora-edu[hub]".') from None
-    folder = fetch(name)
-    from_hub(name, ["*.json", "*.txt", "tokenizer.model"])      # what the tokenizer is made of lies beside the weights
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval(), AutoTokenizer.from_pretrained(path)

@@ -187,3 +187,14 @@ def quantize_(model: nn.Module, kind: str = "nf4", keep: Sequence[str] = ()) -> 
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.train(model.get_submodule(name).training))
     return model
+
+
+def unquantize_(model: nn.Module) -> nn.Module:
+    """Plain frozen layers in place of the quantised ones, with the weights that those compute with; returns the model.
+
+    What four bits took is not given back, but each forward pass is as fast as before, and the memory is spent again.
+    """
+    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer.unquantized())
+    return model

@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
-from lora_edu.models.bridge import encode, end_token
+from lora_edu.models.bridge import ask
 from lora_edu.training.corpora import Batch, completions
+from lora_edu.training.pairs import collate as pairs_as_batch
 
 Card = dict[str, str]
 SPLITS = ("train", "valid", "test")
@@ -91,9 +90,14 @@ def cards(split: str, n: int, seed: int = 0) -> list[Card]:
     return list(found.values())
 
 
+def in_words(card: Card) -> str:
+    """`name: Clover | food: Greek | ...`"""
+    return " | ".join(f"{slot}: {card[slot]}" for slot in SLOTS if slot in card)
+
+
 def prompt(card: Card) -> str:
-    """What the model reads: `name: Clover | food: Greek | ...`, and an arrow on the next line."""
-    return " | ".join(f"{slot}: {card[slot]}" for slot in SLOTS if slot in card) + "\n=>"
+    """What fable reads: the card in words, and an arrow on the next line."""
+    return f"{in_words(card)}\n=>"
 
 
 def sentence(card: Card, rng: random.Random) -> str:
@@ -114,15 +118,9 @@ def examples(split: str, n: int, seed: int = 0) -> list[tuple[Card, str]]:
 def collate(tokenizer, pairs: list[tuple[Card, str]]) -> Batch:
     """(card, sentence) pairs as one batch (inputs, targets), each (B, T), padded on the right.
 
-    The loss counts on the sentence and the end-of-text token that closes it; prompt and padding are -100.
+    The loss counts on the sentence and the end-of-text token that closes it; see `pairs.pad`.
     """
-    end, rows = end_token(tokenizer), []
-    for card, text in pairs:
-        before, after = encode(tokenizer, prompt(card)), encode(tokenizer, " " + text) + [end]
-        rows.append((before + after[:-1], [-100] * (len(before) - 1) + after))
-    width = max(len(ids) for ids, _ in rows)
-    inputs = torch.tensor([ids + [end] * (width - len(ids)) for ids, _ in rows])
-    return inputs, torch.tensor([wanted + [-100] * (width - len(wanted)) for _, wanted in rows])
+    return pairs_as_batch(tokenizer, [(in_words(card), text) for card, text in pairs])
 
 
 def batches(tokenizer, steps: int | None = None, batch_size: int = 16, seed: int = 0,
@@ -143,7 +141,7 @@ def heldout(tokenizer, n: int = 400, seed: int = 0, batch_size: int = 50, split:
 
 def write(model, tokenizer, cards: list[Card], batch_size: int = 64, max_new_tokens: int = 80) -> list[str]:
     """What the model says of each card, the likeliest token at every step; see `corpora.completions`."""
-    return completions(model, tokenizer, [prompt(card) for card in cards], batch_size, max_new_tokens)
+    return completions(model, tokenizer, [ask(tokenizer, in_words(card)) for card in cards], batch_size, max_new_tokens)
 
 
 def _said_by(slot: str) -> dict[str, str]:

@@ -1,4 +1,5 @@
 """load_pretrained: fable, folders, hub names; and best_device."""
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from lora_edu import best_device, load_pretrained
+from lora_edu.models.folder import read_chat
 from lora_edu.models.pretrained import FABLE
 from tests.hub import local_hub
 
@@ -69,30 +71,74 @@ def test_a_folder_loads_like_fable(tmp_path):
     assert isinstance(same, Tokenizer)
 
 
-@pytest.mark.slow
-def test_a_hub_name_goes_through_transformers(tmp_path):
-    """A local server that answers like the hub, asked by a process of its own: its client reads the address once."""
-    model, tokenizer = load_pretrained("fable")
-    folder = tmp_path / "hub" / "owner" / "fable"
-    model.save_folder(folder)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+def from_local_hub(tmp_path, name: str, code: str) -> str:
+    """What a process says that loads `name` from a server that answers like the hub; its client reads the address
+    once.
+    """
     code = ("from lora_edu import load_pretrained; from lora_edu.models import bridge\n"
-            "model, tokenizer = load_pretrained('owner/fable')\n"
-            "print(type(model).__name__, model.training, bridge.encode(tokenizer, 'the king'), "
-            "bridge.end_token(tokenizer))")
+            f"model, tokenizer = load_pretrained({name!r})\n"
+            f"print(type(model).__module__.partition('.')[0], type(model).__name__, model.training, {code})")
     with local_hub(tmp_path / "hub") as (endpoint, _):
         env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.stdout == f"LlamaForCausalLM False {tokenizer.encode('the king').ids} 0\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def fast_tokenizer(**more):
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=load_pretrained()[1], eos_token="<|endoftext|>",
+                                                **more)
+
+
+@pytest.mark.slow
+def test_a_llama_on_the_hub_is_ours_with_its_template_and_end(tmp_path):
+    """The template and the end token as transformers reads them from the same files."""
+    model, tokenizer = load_pretrained("fable")
+    folder = tmp_path / "hub" / "owner" / "fable"
+    model.save_folder(folder)
+    template = "{% for m in messages %}{{ bos_token }}{{ m['content'] }}{{ eos_token }}{% endfor %} :"
+    theirs = fast_tokenizer(bos_token="=>", chat_template=template)
+    theirs.save_pretrained(folder)
+    said = from_local_hub(tmp_path, "owner/fable", "bridge.encode(tokenizer, 'the king'), bridge.end_token(tokenizer), "
+                          "bridge.ask(tokenizer, 'Who?')")
+    assert said == f"lora_edu Llama False {tokenizer.encode('the king').ids} 0 =>Who?<|endoftext|> :"
+    assert theirs.apply_chat_template([{"role": "user", "content": "Who?"}], tokenize=False) == said[-21:]
+
+
+@pytest.mark.slow
+def test_what_is_no_llama_comes_through_transformers(tmp_path, monkeypatch):
+    folder = tmp_path / "hub" / "owner" / "gpt"
+    config = transformers.GPT2Config(vocab_size=2048, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    fast_tokenizer().save_pretrained(folder)
+    assert from_local_hub(tmp_path, "owner/gpt", "bridge.end_token(tokenizer)") == (
+        "transformers GPT2LMHeadModel False 0")
+    monkeypatch.setattr("lora_edu.models.pretrained.fetch", lambda name: folder)
+    monkeypatch.setattr("lora_edu.models.pretrained.from_hub", lambda name, patterns: folder)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RuntimeError, match=r"'owner/gpt' is no LLaMA.*pip install \"lora-edu\[hub\]\""):
+        load_pretrained("owner/gpt")
+
+
+@pytest.mark.parametrize("settings, file, template, end", [
+    ({}, None, None, None),
+    ({"chat_template": "A{{ messages[0].content }}", "eos_token": {"content": "<e>"}}, None, "A{{ messages[0].content }}",
+     "<e>"),
+    ({"chat_template": [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]}, None, "D", None),
+    ({"chat_template": [{"name": "tools", "template": "T"}]}, None, None, None),
+    ({"chat_template": "old", "eos_token": "<e>"}, "new", "new", "<e>")])
+def test_where_a_folder_keeps_its_template(settings, file, template, end, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    if file:
+        (tmp_path / "chat_template.jinja").write_text(file, encoding="utf-8")
+    found = read_chat(tmp_path)
+    assert found["chat_template"] == template and found["eos_token"] == end
 
 
 def test_a_name_that_is_nowhere_says_what_to_do(monkeypatch):
     # at once, and not after the hub client's retries
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RuntimeError, match="'no/such-model' is neither a folder nor a file.*network"):
-        load_pretrained("no/such-model")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(RuntimeError, match=r'pip install "lora-edu\[hub\]"'):
         load_pretrained("no/such-model")
 
 

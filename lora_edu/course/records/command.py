@@ -13,6 +13,7 @@ FOLDER]
     planted_rank      students of teachers whose rank is known
     methods           seven methods on restaurants, equal budgets
     latency           what each of them costs in time when it is used
+    real_model        LoRA and full fine-tuning of SmolLM2-135M-Instruct beside fable (after `python dev.py real`)
 
 A record is small JSON beside this file, with its settings, seeds, device, versions and date; notebooks show it and
 re-measure a slice. Rules (the same for every method): the learning rate is chosen on the validation split, from a grid
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from lora_edu.course.records import comparisons, merging, rank, spectra
+from lora_edu.course.records import comparisons, merging, rank, real, spectra
 from lora_edu.course.records.stored import store_record
 
 # name -> how to make it from the command's options
@@ -42,6 +43,7 @@ EXPERIMENTS = {
     "planted_rank": lambda options: rank.planted_rank(),
     "methods": lambda options: merging.methods(options.tales, scratch=options.scratch),
     "latency": lambda options: merging.latency(),
+    "real_model": lambda options: real.real_model(scratch=options.scratch),
 }
 IN_FLOAT32 = ("planted_rank", "latency")      # whatever the hardware would do faster
 
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--pair", metavar="FOLDER",
                         help="published_pair: where base.safetensors and ft_*.safetensors are")
     parser.add_argument("--scratch", metavar="FOLDER",
-                        help="rank_alpha, rank_seeds, two_rates, methods: keep finished runs, to go on")
+                        help="rank_alpha, rank_seeds, two_rates, methods, real_model: keep finished runs, to go on")
     options = parser.parse_args()
     if options.scratch:
         Path(options.scratch).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,53 @@
+"""Which real model there is here: SmolLM2 from the hub, else the copy of `python dev.py real`, else fable.
+
+The variable LORA_EDU_REAL names another: a model on the hub, a folder, or "fable".
+"""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_edu.models.pretrained import load_pretrained
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def real_copy() -> Path:
+    """Where `python dev.py real` puts its copy; XDG_CACHE_HOME moves it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "lora_edu" / "SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A model with its tokenizer; `name` is what the pages call it, `source` says in a sentence where it is from."""
+
+    model: nn.Module
+    tokenizer: object
+    name: str
+    source: str
+
+
+def real_model(dtype: torch.dtype = torch.float32) -> RealModel:
+    """The real model, in eval mode on the CPU.
+
+    Raises:
+        RuntimeError: LORA_EDU_REAL names a model that the hub does not give.
+
+    >>> real_model().name in ("SmolLM2-135M-Instruct", "fable")
+    True
+    """
+    asked, copy = os.environ.get("LORA_EDU_REAL"), real_copy()
+    if asked:
+        where = "in the package" if asked == "fable" else f"from {asked}"
+        return RealModel(*load_pretrained(asked, dtype), Path(asked).name, f"{where}, as LORA_EDU_REAL says")
+    try:
+        return RealModel(*load_pretrained(NAME, dtype), Path(NAME).name, f"the published weights, {NAME} on the hub")
+    except RuntimeError:                                   # no network
+        if copy.is_dir():
+            return RealModel(*load_pretrained(copy, dtype), copy.name, "the published weights after four bits, a copy "
+                             "from the package index (python dev.py real)")
+    return RealModel(*load_pretrained("fable", dtype), "fable", "no hub is reached, and python dev.py real has not been "
+                     "run: this is the course's own small model, and the cells below only show that they run")
