@@ -28,6 +28,7 @@ from torch import nn  # noqa: E402
 from tests.dry_device import DryTensor  # noqa: E402  changes torch: before any model is made
 
 import lora_edu  # noqa: E402
+from lora_edu.course import tasks  # noqa: E402
 from lora_edu.course.labs import live_run, merge_lab  # noqa: E402
 from lora_edu.course.page.claims import ClaimError  # noqa: E402
 from lora_edu.lora import layer, targets  # noqa: E402
@@ -35,7 +36,7 @@ from lora_edu.lora.conv import LoRAConv  # noqa: E402
 from lora_edu.measure import memory_measured, operators, planted, rounding, spectra, timing  # noqa: E402
 from lora_edu.models import sampling  # noqa: E402
 from lora_edu.rivals import methods  # noqa: E402
-from lora_edu.training import bistro, corpora, loop, stacked, tasks  # noqa: E402
+from lora_edu.training import bistro, corpora, loop, stacked  # noqa: E402
 
 BATCH_SIZE, STEPS = 2, 2
 CPU_ONLY = "CPU is enough"           # in the header of a notebook that puts nothing on a device
@@ -171,13 +172,13 @@ def measures(device):
 
 def labs(device):
     base, tokenizer = fable(device)
-    lesson = live_run.Lesson(tokenizer, "Once upon", lambda steps, seed: bistro.batches(tokenizer, steps, 2, seed),
-                             bistro.heldout(tokenizer, 2), corpora.tales_from(base, tokenizer, n=2, length=8),
-                             bistro.cards("test", 2))
-    run = live_run.LiveRun(base, lora_edu.LoRASettings(rank=2, lr=1e-2), lesson, steps=STEPS)
+    plan = live_run.Plan(tokenizer, "Once upon", lambda steps, seed: bistro.batches(tokenizer, steps, 2, seed),
+                         bistro.heldout(tokenizer, 2), corpora.tales_from(base, tokenizer, n=2, length=8),
+                         [bistro.prompt(card) for card in bistro.cards("test", 2)], len)
+    run = live_run.LiveRun(base, lora_edu.LoRASettings(rank=2, lr=1e-2), plan, steps=STEPS)
     run.advance(seconds=math.inf)
     model = fable(device, rank=2)[0]
-    batches = bistro.heldout(tokenizer, 2)[0], lesson.tales[0]
+    batches = bistro.heldout(tokenizer, 2)[0], plan.plain[0]
     lab = merge_lab.merge_lab(model, "model.layers.0.mlp.up_proj", *batches)
     assert lab.data["measured"]
     return run.losses, run.sigma, [point.heldout for point in run.points], run.samples[-1][1]

@@ -64,7 +64,8 @@ class Lesson(ShowsTables):
                 ids, before, _ = row(tokenizer, waiting.pop(), longest)
                 barren = 0 if before < len(ids) else barren + 1
                 if barren > len(self.train):
-                    raise ValueError(f"no answer fits into {longest} tokens behind its question: give a larger longest=.")
+                    raise ValueError(f"no answer fits into {longest} tokens behind its question: give a larger "
+                                     "longest=.")
                 if not barren:
                     made.append((ids, before))
             yield pad(made, end_token(tokenizer))

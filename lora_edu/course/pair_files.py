@@ -70,8 +70,8 @@ def from_csv(text: str, name: str) -> list[Pair]:
     elif len(head) == 2:
         q, a = 0, 1
     else:
-        raise ValueError(f"{name} has {len(head)} columns ({', '.join(head[:6])}), and it is not clear which are meant: "
-                         "keep two, or name them prompt and answer in the first line.")
+        raise ValueError(f"{name} has {len(head)} columns ({', '.join(head[:6])}), and it is not clear which are "
+                         "meant: keep two, or name them prompt and answer in the first line.")
     return [(row[q], row[a]) for row in rows]
 
 
@@ -136,8 +136,9 @@ def from_object(found, n: int, name: str) -> Pair:
     if isinstance(found, dict) and isinstance(found.get("messages"), list):
         turns = [(turn.get("role"), turn.get("content")) for turn in found["messages"] if isinstance(turn, dict)]
         if [role for role, _ in turns] != ["user", "assistant"]:
-            raise ValueError(f"entry {n} of {name} is a chat of {', '.join(str(role) for role, _ in turns) or 'nothing'}"
-                             ": give one user message and one assistant message.")
+            roles = ", ".join(str(role) for role, _ in turns) or "nothing"
+            raise ValueError(f"entry {n} of {name} is a chat of {roles}: give one user message and one assistant "
+                             "message.")
         pair = tuple(content for _, content in turns)
     elif isinstance(found, dict):
         lower = {key.lower(): value for key, value in found.items()}

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -20,26 +20,27 @@ from torch import nn
 from lora_edu.lora.inject import apply_lora, share_weights
 from lora_edu.lora.layer import LoRALinear
 from lora_edu.lora.settings import LoRASettings
-from lora_edu.training import bistro
 from lora_edu.training.corpora import completions
 from lora_edu.training.loop import Batch, Diverged, Step, evaluate, train
 
 EVERY, SAMPLE_EVERY = 10, 25     # steps between two measurements, and between two samples
-SAMPLE, EXAM = 48, 4             # tokens of a sample; prompts of the exam that are answered in one piece of work
+SAMPLE = 48                      # tokens of a sample
 BETWEEN: list[float] = []        # when an interrupt came while the kernel rested
 RECENT = 1.0                     # seconds: an older one was not meant for a training
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Plan:
     """What a run learns from and is judged by.
 
     Args:
         tokenizer, prompt: a sample is what the model writes after the prompt.
         batches: ``batches(steps, seed)`` gives the training batches, the same ones each time.
-        heldout, tales: small fixed batches of the task and of tales; each batch is a piece of work, so let it have
-            about 8 rows.
-        cards: bistro's test cards for the exam at the end; empty for a task without slots.
+        heldout, plain: small fixed batches of the task, and of text whose loss says what is forgotten; each batch is a
+            piece of work, so let it be small.
+        questions, judge: the prompts of the exam at the end, and the share from 0 to 1 that the texts written to them
+            score; none for a task without answers. judged: what that share counts, in words. at_once: questions
+            that are answered in one piece of work.
         every: steps between two measurements. autocast: what the products are computed in, torch.bfloat16 or
             torch.float16; None: as the model is. steps: length of a run, where the lesson fixes it.
     """
@@ -48,8 +49,11 @@ class Lesson:
     prompt: str
     batches: Callable[[int, int], Iterable[Batch]]
     heldout: list[Batch]
-    tales: list[Batch]
-    cards: list[bistro.Card]
+    plain: list[Batch]
+    questions: list[str] = field(default_factory=list)
+    judge: Callable[[list[str]], float] | None = None
+    judged: str = "slots right"
+    at_once: int = 4
     every: int = EVERY
     autocast: torch.dtype | None = None
     steps: int | None = None
@@ -57,11 +61,11 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Point:
-    """Held-out loss on the task and on the tales after `step` steps, in nats per token."""
+    """Held-out loss on the task and loss on the plain text after `step` steps, in nats per token."""
 
     step: int
     heldout: float
-    tales: float
+    plain: float
 
 
 class LiveRun:
@@ -75,12 +79,12 @@ class LiveRun:
         done, steps, complete: steps done, of how many; complete is True when there is nothing left to do, the exam
             included.
         losses: one for each step done, that of the step's batch before its update, nats per token.
-        points: held-out and tales loss before the first step (known from step 1 on), at every
-            `lesson.every`-th and at the last step.
+        points: held-out and plain loss before the first step (known from step 1 on), at every
+            `plan.every`-th and at the last step.
         samples: (step, text) at every 25th and at the last step.
         sigma: singular values of scaling * B A of the matrix `watched`, largest first, after the steps done.
         skipped: how many of the steps done overflowed in float16 and moved nothing.
-        slots: share of the slots right at the end, or None. diverged: the step whose loss was not a finite number, or
+        score: what the exam at the end gave, or None. diverged: the step whose loss was not a finite number, or
             None.
         report: what `apply_lora` said: trainable numbers, bytes.
 
@@ -89,14 +93,14 @@ class LiveRun:
             reached.
     """
 
-    def __init__(self, base: nn.Module, adapter: LoRASettings, lesson: Lesson, steps: int = 100):
+    def __init__(self, base: nn.Module, adapter: LoRASettings, plan: Plan, steps: int = 100):
         if steps < 1:
             raise ValueError(f"steps={steps}: a run needs at least 1 step.")
-        self.lesson, self.steps, self.done, self.skipped, self.complete = lesson, steps, 0, 0, False
+        self.plan, self.steps, self.done, self.skipped, self.complete = plan, steps, 0, 0, False
         self.losses: list[float] = []
         self.points: list[Point] = []
         self.samples: list[tuple[int, str]] = []
-        self.slots = self.diverged = None
+        self.score = self.diverged = None
         self.device = next(base.parameters()).device
         self.model = share_weights(base)
         # other cells' random numbers stay theirs
@@ -132,19 +136,19 @@ class LiveRun:
     def _pieces(self, adapter: LoRASettings) -> Generator[None, None, None]:
         """All the work, a pause after each piece; what belongs to a step is published together."""
         before = yield from self._measure(0)
-        batches, autocast = self.lesson.batches(self.steps, adapter.seed), self.lesson.autocast
+        batches, autocast = self.plan.batches(self.steps, adapter.seed), self.plan.autocast
         for step in self._until_diverged(train(self.model, batches, self.steps, adapter.lr, autocast=autocast)):
             last, found, sample = step.step == self.steps, [] if self.points else [before], []
             sigma = singular_values(self.model.get_submodule(self.watched))
-            if last or step.step % self.lesson.every == 0:
+            if last or step.step % self.plan.every == 0:
                 yield
                 found.append((yield from self._measure(step.step)))
             if last or step.step % SAMPLE_EVERY == 0:
                 yield
                 sample = [(step.step,
-                           completions(self.model, self.lesson.tokenizer, [self.lesson.prompt],
+                           completions(self.model, self.plan.tokenizer, [self.plan.prompt],
                                        max_new_tokens=SAMPLE)[0])]
-            if not all(map(math.isfinite, (step.loss, *sigma, *(point.heldout + point.tales for point in found)))):
+            if not all(map(math.isfinite, (step.loss, *sigma, *(point.heldout + point.plain for point in found)))):
                 self.diverged, self.complete = step.step, True
                 yield
             self.losses.append(step.loss)
@@ -164,9 +168,9 @@ class LiveRun:
             self.diverged, self.complete = self.done + 1, True
 
     def _measure(self, step: int) -> Generator[None, None, Point]:
-        heldout = yield from self._loss(self.lesson.heldout)
-        tales = yield from self._loss(self.lesson.tales)
-        return Point(step, heldout, tales)
+        heldout = yield from self._loss(self.plan.heldout)
+        plain = yield from self._loss(self.plan.plain)
+        return Point(step, heldout, plain)
 
     def _loss(self, batches: list[Batch]) -> Generator[None, None, float]:
         """`evaluate`, with a pause after each batch."""
@@ -177,12 +181,12 @@ class LiveRun:
         return sum(count * loss for count, loss in zip(counts, losses)) / sum(counts)
 
     def _exam(self) -> Generator[None, None, None]:
-        cards, texts = self.lesson.cards, []
-        for i in range(0, len(cards), EXAM):
-            texts += bistro.write(self.model, self.lesson.tokenizer, cards[i:i + EXAM])
+        questions, texts = self.plan.questions, []
+        for i in range(0, len(questions), self.plan.at_once):
+            texts += completions(self.model, self.plan.tokenizer, questions[i:i + self.plan.at_once])
             yield
-        if cards:
-            self.slots = bistro.slot_accuracy(texts, cards).slots
+        if questions:
+            self.score = self.plan.judge(texts)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lora_edu.course.labs.lab import Lab
 from lora_edu.course.page.show import LABELS, new_figure
 from lora_edu.course.records.rank import best_of
 from lora_edu.lora.settings import RULES
-from lora_edu.training.tasks import TASKS
+from lora_edu.course.tasks import TASKS
 
 MEASURES = {"test": "loss on the task", "tales": "loss on the tales", "slots": "slots right"}
 

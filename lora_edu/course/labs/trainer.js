@@ -51,7 +51,7 @@ export default { render({ model, el }) {
   page.block(legend);
   const written = (run) => h("div", {}, key(run.name, look(run)), h("p", { style: "margin: 2px 0; font-size: 1.1em" },
     h("span", { style: "color: var(--soft)" }, `${run.prompt} → `), run.sample ? run.sample[1] : "…", h("span", { class: "note" },
-      `${run.sample ? ` (written at step ${run.sample[0]}` : " (a sample at every 25th step"}${run.slots === null ? ")" : `; slots right ${percent(run.slots)} on ${run.cards} test prompts)`}`)));
+      `${run.sample ? ` (written at step ${run.sample[0]}` : " (a sample at every 25th step"}${run.score === null ? ")" : `; ${run.judged} ${percent(run.score)} on ${run.asked} test prompts)`}`)));
 
   const all = () => [...runs().earlier, ...(runs().now ? [runs().now] : [])];
   const look = (run) => LOOKS[run.look % LOOKS.length];
@@ -92,17 +92,17 @@ export default { render({ model, el }) {
       line(plot, sigma.map((value, i) => [i + 1, value]), { ...(runs().now ? look(runs().now) : LOOKS[0]), dash: "", width: 1 });
     } });
   const plane = chart(page, { height: 215, title: () => "learned ↓   forgotten →", describe: () => all().filter((run) => run.points.length).map((run) =>
-      `${run.name}: tales ${run.points.at(-1)[2].toFixed(2)}, held-out ${run.points.at(-1)[1].toFixed(2)}`).join("; ") || "no run yet",
+      `${run.name}: ${data.plain} ${run.points.at(-1)[2].toFixed(2)}, held-out ${run.points.at(-1)[1].toFixed(2)}`).join("; ") || "no run yet",
     draw: (svg1, width, height, state) => {
-      const points = all().flatMap((run) => run.points), tales = points.map((point) => point[2]).filter((value) => value < 12);
-      const plot = axes(svg1, width, height, { x: [Math.floor(Math.min(...tales, 3)) - 0.2, Math.max(...tales, 5) + 0.3], y: [0, 1.15 * Math.min(10, Math.max(start(state), ...points.map((point) => point[1])))],
-        xlabel: "loss on the tales", ylabel: "held-out loss" });
+      const points = all().flatMap((run) => run.points), kept = points.map((point) => point[2]).filter((value) => value < 12);
+      const plot = axes(svg1, width, height, { x: [Math.floor(Math.min(...kept, 3)) - 0.2, Math.max(...kept, 5) + 0.3], y: [0, 1.15 * Math.min(10, Math.max(start(state), ...points.map((point) => point[1])))],
+        xlabel: `loss on the ${data.plain}`, ylabel: "held-out loss" });
       for (const run of all()) line(plot, run.points.filter(([, loss, forgot]) => loss < 10 && forgot < 12).map(([, loss, forgot]) => [forgot, loss]), look(run));
     } });
   page.panels(losses, spectrum, plane);
 
   const result = (run) => `${run.done} of ${run.steps} steps, batch ${run.losses.at(-1).toFixed(3)}; at step ${run.points.at(-1)[0]} held-out ${run.points.at(-1)[1].toFixed(3)}, ` +
-    `tales ${run.points.at(-1)[2].toFixed(3)}` + (run.slots === null ? "" : `; slots ${percent(run.slots)}`) + (run.diverged ? `; diverged at step ${run.diverged}` : "");
+    `${data.plain} ${run.points.at(-1)[2].toFixed(3)}` + (run.score === null ? "" : `; ${run.judged} ${percent(run.score)}`) + (run.diverged ? `; diverged at step ${run.diverged}` : "");
   page.draw = (state) => {
     const { now, ended, problem } = runs();
     if (ended || now?.complete) playing = false;

@@ -5,9 +5,10 @@ page shows is a function of the steps done (see `live_run.py`). A control that m
 curve and begins a new one, at the next tick: while a slider is dragged, no model is made.
 """
 import functools
+import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,16 +18,20 @@ from torch import nn
 
 from lora_edu.course.figures.curves import plot_loss_curves
 from lora_edu.course.labs.lab import Lab, ranks_up_to
-from lora_edu.course.labs.live_run import Lesson, LiveRun, waiting_interrupt
-from lora_edu.course.labs.target_picker import target_sizes
+from lora_edu.course.labs.live_run import LiveRun, Plan, waiting_interrupt
+from lora_edu.course.lessons import Lesson
 from lora_edu.course.records.rank import ROWS
 from lora_edu.course.records.stored import load_record
+from lora_edu.lora.inject import choose_layers
+from lora_edu.lora.layer import features
 from lora_edu.lora.settings import FIXED_ALPHA, RULES, LoRASettings
 from lora_edu.lora.targets import PLACEMENTS
+from lora_edu.models.bridge import ask
 from lora_edu.models.pretrained import best_device, load_pretrained
-from lora_edu.training import corpora
+from lora_edu.training import bistro
+from lora_edu.training.corpora import python_docs, tales_from, tokenize, windows
 from lora_edu.training.loop import sixteen_bits
-from lora_edu.training.tasks import TASKS, Task
+from lora_edu.course.tasks import TASKS, Task
 
 RATES = [5e-4 * 2**i for i in range(9)]     # 0.0005 to 0.128
 EARLIER = 5                                  # finished curves that stay
@@ -47,40 +52,84 @@ class Setting(NamedTuple):
 
     @property
     def adapter(self) -> LoRASettings:
-        return LoRASettings(self.rank, float(self.alpha), PLACEMENTS[self.targets], self.rule == "rslora", self.lr)
+        return LoRASettings(self.rank, float(self.alpha), targets_of(self.targets), self.rule == "rslora", self.lr)
 
     def __str__(self) -> str:
         where = "" if self.targets == "all-linear" else f", {self.targets}"
         return f"r {self.rank}, alpha {self.alpha:g} ({self.rule}), lr {self.lr:g}{where}"
 
 
-def live_trainer(steps: int = 100) -> "Trainer":
-    """The trainer on fable; put it to a setting with ``.put_to(...)``. One that was made before in this kernel ends.
+def live_trainer(model: nn.Module | None = None, tokenizer=None, lessons: Sequence[Lesson] = (), *,
+                 record: dict | None = None, steps: int | None = None) -> "Trainer":
+    """The trainer, on fable or on a model of yours; put it to a setting with ``.put_to(...)``. One that was made before
+    in this kernel ends.
 
     Args:
-        steps: length of a run that is not as in the record; the learning rate falls to zero over it.
+        model, tokenizer: what `load_pretrained` gives, or a causal language model of transformers; fable by default. It
+            trains on the best device here, and its weights stay as they are.
+        lessons: what it can be taught, such as ``lessons.orders()`` and ``lessons.from_pairs("my.csv")``.
+        record: paths to draw pale, as `recorded_paths` gives them, for a model of which there is a record.
+        steps: length of a run that is not as in the record, 100 on fable, 60 on another; the learning rate falls to
+            zero over it.
 
-    As in the record: its 8 rows, steps, precision and validation cards, on every device. Otherwise 8 rows a step on a
-    CPU, and 32 on a GPU, where more steps fit in a tick.
+    As in the record: its rows, steps, precision and held-out set, on every device. Otherwise few rows on a CPU (8 on
+    fable, 1 on another model), and 32 on a GPU, where more steps fit in a tick.
+
+    Raises:
+        ValueError: a model without its tokenizer or without a lesson.
     """
+    if model is None:
+        return _on_fable(steps or 100)
+    if tokenizer is None or not lessons:
+        raise ValueError("a model of yours needs its tokenizer and at least one lesson: live_trainer(model, tokenizer, "
+                         "[lessons.orders()]).")
+    device = best_device()
+    rows, narrow = 1 if device.type == "cpu" else 32, sixteen_bits(device)
+    by_name = {lesson.name: lesson for lesson in lessons}
+
+    @functools.cache
+    def plain() -> list:                           # late: the page is there first
+        return windows(tokenize(tokenizer, python_docs("valid")), 64, 2)[:2]
+
+    def plan(name: str, like: bool) -> Plan:
+        its = by_name[name]
+        known = like and record and record["settings"]["tasks"].get(name)
+        asked = its.test[:12] if its.judge else []
+        return Plan(tokenizer, ask(tokenizer, its.valid[0][0]) if its.judge else "",
+                    functools.partial(its.batches, tokenizer, rows=record["settings"]["rows"] if known else rows),
+                    its.heldout(tokenizer, n=16, rows=2), plain(), [ask(tokenizer, question) for question, _ in asked],
+                    its.score, its.judged, 1, autocast=narrow, steps=known["steps"] if known else None)
+
+    return Trainer(model.to(device), plan, steps or 60, _where(device, rows), record, plain="plain text",
+                   tasks={name: name for name in by_name}, rates=[rate / 8 for rate in RATES],
+                   begin={"task": next(iter(by_name)), "lr": 4e-3})
+
+
+def _where(device: torch.device, rows: int) -> str:
+    place = "a CPU" if device.type == "cpu" else f"a GPU ({device.type})"
+    return f"trained on {place}, {rows} row{'s' * (rows > 1)} a step"
+
+
+def _on_fable(steps: int) -> "Trainer":
     device, record = best_device(), load_record("rank_alpha")
     base, tokenizer = load_pretrained()
     rows = 8 if device.type == "cpu" else 32
-    tales = corpora.tales_from(base, tokenizer, n=8, length=128, batch_size=8)
+    tales = tales_from(base, tokenizer, n=8, length=128, batch_size=8)
 
-    def lesson(name: str, like: bool) -> Lesson:
-        if not like:
-            task = Task(name, tokenizer, n=48, batch_size=8)
-            return Lesson(tokenizer, task.prompt, functools.partial(task.batches, rows=rows), task.valid, tales,
-                          task.cards[:40], autocast=sixteen_bits(device) if device.type == "cuda" else None)
-        task = Task(name, tokenizer, n=200, batch_size=10 if name == "bistro" else 16)
+    def plan(name: str, like: bool) -> Plan:
+        task = Task(name, tokenizer, n=200, batch_size=10 if name == "bistro" else 16) if like else Task(
+            name, tokenizer, n=48, batch_size=8)
+        cards = task.cards[:40]
         its = record["settings"]["tasks"][name]
-        return Lesson(tokenizer, task.prompt, functools.partial(task.batches, rows=ROWS),
-                      task.valid[:5] if name == "bistro" else task.valid, tales, task.cards[:40], its["every"],
-                      getattr(torch, record["made"]["products in"]), its["steps"])
+        valid = task.valid[:5] if like and name == "bistro" else task.valid
+        how = {"every": its["every"], "steps": its["steps"],
+               "autocast": getattr(torch, record["made"]["products in"])} if like else {
+            "autocast": sixteen_bits(device) if device.type == "cuda" else None}
+        return Plan(tokenizer, task.prompt, functools.partial(task.batches, rows=ROWS if like else rows), valid, tales,
+                    [bistro.prompt(card) for card in cards],
+                    lambda texts: bistro.slot_accuracy(texts, cards).slots, **how)
 
-    place = "a CPU" if device.type == "cpu" else f"a GPU ({device.type})"
-    return Trainer(base.to(device), lesson, steps, f"trained on {place}, {rows} rows a step", record)
+    return Trainer(base.to(device), plan, steps, _where(device, rows), for_the_page(record))
 
 
 class Trainer(Lab):
@@ -88,10 +137,12 @@ class Trainer(Lab):
 
     Args:
         base: the untouched model, where it is to train.
-        lesson: ``lesson("bistro", like_the_record)`` says what to learn from; asked once for each.
+        plan: ``plan("bistro", like_the_record)`` says what to learn from; asked once for each.
         steps: length of a run.
         where: a sentence on the device, for the text.
-        record: whose curves are drawn pale; None: none.
+        record: whose curves are drawn pale (`for_the_page`); None: none.
+        tasks: how the pages call each task. plain: the text that may be forgotten. rates: those to choose from.
+        begin: where the controls stand, if not as on fable.
 
     Attributes:
         state: what the controls say. runs: what the page draws: {"now": run or None, "earlier": [run, ...], "problem":
@@ -101,28 +152,26 @@ class Trainer(Lab):
     runs = traitlets.Dict().tag(sync=True)
     former: "weakref.ref | None" = None
 
-    def __init__(self, base: nn.Module, lesson: Callable[[str, bool], Lesson], steps: int, where: str,
-                 record: dict | None = None):
+    def __init__(self, base: nn.Module, plan: Callable[[str, bool], Plan], steps: int, where: str,
+                 record: dict | None = None, tasks: dict[str, str] = TASKS, plain: str = "tales",
+                 rates: Sequence[float] = RATES, begin: dict | None = None):
         if Trainer.former and (other := Trainer.former()):
             other.end()
         Trainer.former = weakref.ref(self)
-        self.base, self.lesson, self.steps = base, functools.cache(lesson), steps
+        self.base, self.plan, self.steps = base, functools.cache(plan), steps
         self.run: LiveRun | None = None
         self.earlier: list[dict] = []
         self.looks: dict[str, int] = {}            # one colour a setting
         self.problem, self.ended = "", False
         self.lock = threading.RLock()              # JupyterLab may run two callbacks in two threads
-        shapes = target_sizes(base)
-        sides = {name: sum(map(sum, group)) for name, group in shapes.items()}     # numbers at rank 1
-        most = min(64, *(min(size) for group in shapes.values() for size in group))
-        data = {"title": "live trainer", "tasks": TASKS, "rules": RULES, "rates": RATES, "steps": steps,
-                "fixed": FIXED_ALPHA,
-                "counts": {name: sum(sides[each] for each in its) for name, its in PLACEMENTS.items()},
-                "ranks": (ranks := ranks_up_to(most)),
-                "alphas": sorted({1, 2, 4, FIXED_ALPHA} | {2 * rank for rank in ranks}),
-                "record": for_the_page(record) if record else None,
-                "place": {"own": where, "like": f"{ROWS} rows a step and the precision of the record"}}
-        state = BEGIN | {"rank": min(8, most), "alpha": 2 * min(8, most), "like": record is not None}
+        counts, most = adaptable(base)
+        data = {"title": "live trainer", "tasks": tasks, "rules": RULES, "rates": list(rates), "steps": steps,
+                "fixed": FIXED_ALPHA, "counts": counts, "ranks": (ranks := ranks_up_to(most)),
+                "alphas": sorted({1, 2, 4, FIXED_ALPHA} | {2 * rank for rank in ranks}), "record": record,
+                "plain": plain,
+                "place": {"own": where, "like": f"{record['settings']['rows'] if record else ''} rows a step and the "
+                          "precision of the record"}}
+        state = BEGIN | {"rank": min(8, most), "alpha": 2 * min(8, most), "like": record is not None} | (begin or {})
         self.setting = setting_of(state)
         super().__init__("trainer", data, state, *without_a_page(data, state, self.setting))
         self.observe(self._moved, "state")
@@ -139,8 +188,9 @@ class Trainer(Lab):
         if self.ended:
             raise ValueError("this trainer has ended, because its cell was run again: run this cell again, too.")
         wanted = {"task": task, "targets": targets, "rule": rule, "rank": rank, "alpha": alpha, "lr": lr}
-        for name, offered in {"task": TASKS, "targets": PLACEMENTS, "rule": RULES, "lr": RATES,
-                              "rank": self.data["ranks"], "alpha": self.data["alphas"]}.items():
+        for name, offered in {"task": self.data["tasks"], "targets": self.data["counts"], "rule": RULES,
+                              "lr": self.data["rates"], "rank": self.data["ranks"],
+                              "alpha": self.data["alphas"]}.items():
             if wanted[name] not in offered:
                 raise ValueError(f"the trainer has no {name}={wanted[name]!r}: choose "
                                  f"{' or '.join(map(str, offered))}.")
@@ -157,8 +207,8 @@ class Trainer(Lab):
             try:
                 if self.run is None:
                     self.problem = ""
-                    lesson = self.lesson(self.setting.task, self.setting.like)
-                    self.run = LiveRun(self.base, self.setting.adapter, lesson, lesson.steps or self.steps)
+                    plan = self.plan(self.setting.task, self.setting.like)
+                    self.run = LiveRun(self.base, self.setting.adapter, plan, plan.steps or self.steps)
                 target = None if steps is None or self.run.done == self.run.steps else self.run.done + steps
                 self.run.advance(target, 0.2 if steps is None else float("inf"), interrupted)
             except Exception as error:
@@ -215,7 +265,8 @@ class Trainer(Lab):
         return {"name": name, "look": look, "done": run.done, "steps": run.steps,
                 "losses": list(run.losses), "points": [list(vars(point).values()) for point in run.points],
                 "sigma": run.sigma, "watched": run.watched, "sample": run.samples[-1] if run.samples else None,
-                "prompt": run.lesson.prompt.rstrip("=>").strip(), "slots": run.slots, "cards": len(run.lesson.cards),
+                "prompt": asked_in(run.plan.prompt), "score": run.score, "judged": run.plan.judged,
+                "asked": len(run.plan.questions),
                 "diverged": run.diverged, "complete": run.complete, "skipped": run.skipped}
 
 
@@ -223,17 +274,45 @@ def setting_of(state: dict) -> Setting:
     return Setting(**{name: state[name] for name in Setting._fields})
 
 
+def asked_in(prompt: str) -> str:
+    """The reader's part of a prompt: without the arrow, and without a chat template's marks around the question."""
+    said = re.split(r"<\|[^|]*\|>", prompt)
+    question = max(said[1:], key=len).removeprefix("user") if len(said) > 1 else prompt
+    return question.rstrip("=>").strip()
+
+
+def targets_of(placement: str) -> tuple[str, ...] | str:
+    """What `apply_lora` takes for a placement; all linear layers but the head, whatever a model calls them."""
+    return placement if placement == "all-linear" else PLACEMENTS[placement]
+
+
+def adaptable(model: nn.Module) -> tuple[dict[str, int], int]:
+    """Which of the placements this model has, each with its trainable numbers at rank 1; and the highest rank, at most
+    64, that fits all its matrices.
+    """
+    counts, most = {}, 64
+    for name in PLACEMENTS:
+        try:
+            layers = choose_layers(model, targets_of(name), 1, 1.0)
+        except ValueError:                         # other names than a Llama's
+            continue
+        counts[name] = sum(sum(features(layer)) for layer in layers.values())
+        most = min(most, *(min(features(layer)) for layer in layers.values()))
+    return counts, most
+
+
 def for_the_page(record: dict) -> dict:
     """Of the grid, what the trainer draws pale: the path of each setting."""
     settings, wanted = record["settings"], ("task", "rule", "rank", "alpha", "lr", "path")
-    return {"tasks": settings["tasks"], "ranks": settings["ranks"], "rates": settings["rates"],
+    return {"settings": {"rows": settings["rows"], "tasks": settings["tasks"]}, "tasks": settings["tasks"],
+            "ranks": settings["ranks"], "rates": settings["rates"],
             "before": {task: its["valid"] for task, its in record["before"]["task"].items()},
             "grid": [{name: run[name] for name in wanted} for run in record["grid"]]}
 
 
 def without_a_page(data: dict, state: dict, setting: Setting) -> tuple[str, Figure | None]:
     """Where the trainer starts, in words, and its recorded curve; None without a record."""
-    said = f"{TASKS[setting.task]}, {setting}: press Play, and it trains in front of you."
+    said = f"{data['tasks'][setting.task]}, {setting}: press Play, and it trains in front of you."
     grid = data["record"]["grid"] if data["record"] else []
     found = [run["path"] for run in grid if all(run[name] == state[name] for name in ("task", "rule", "rank", "lr"))]
     if not found:
@@ -241,4 +320,5 @@ def without_a_page(data: dict, state: dict, setting: Setting) -> tuple[str, Figu
     curves = {"batches": [point[:2] for point in found[0]], "held-out": [(step, valid) for step, _, valid in found[0]]}
     step, batch, valid = found[0][-1]
     return (f"{said} As recorded, at step {step}: batch {batch:.3f}, held-out {valid:.3f} nats per token.",
-            plot_loss_curves(curves, f"As recorded: {TASKS[setting.task]}, rank {setting.rank}, rate {setting.lr:g}"))
+            plot_loss_curves(curves, f"As recorded: {data['tasks'][setting.task]}, rank {setting.rank}, rate "
+                             f"{setting.lr:g}"))

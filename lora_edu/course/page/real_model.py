@@ -49,5 +49,5 @@ def real_model(dtype: torch.dtype = torch.float32) -> RealModel:
         if copy.is_dir():
             return RealModel(*load_pretrained(copy, dtype), copy.name, "the published weights after four bits, a copy "
                              "from the package index (python dev.py real)")
-    return RealModel(*load_pretrained("fable", dtype), "fable", "no hub is reached, and python dev.py real has not been "
-                     "run: this is the course's own small model, and the cells below only show that they run")
+    return RealModel(*load_pretrained("fable", dtype), "fable", "no hub is reached, and python dev.py real has not "
+                     "been run: this is the course's own small model, and the cells below show that they run, no more")

@@ -11,7 +11,7 @@ from lora_edu.lora.targets import PLACEMENTS
 from lora_edu.models.pretrained import BISTRO_ADAPTER, best_device, load_pretrained
 from lora_edu.rivals.methods import prepare
 from lora_edu.training.loop import evaluate, fit, sixteen_bits
-from lora_edu.training.tasks import BATCH, Task
+from lora_edu.course.tasks import BATCH, Task
 
 SIZES = {"bistro": {"steps": 200, "every": 25}, "python_docs": {"steps": 100, "every": 20}}
 # the same number of trainable numbers in different matrices: the rank at which each placement has the budget of rank 8

@@ -19,7 +19,7 @@ from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.pretrained import best_device, load_pretrained
 from lora_edu.models.sizes import PRESETS
 from lora_edu.rivals.methods import METHODS, variants
-from lora_edu.training.tasks import BATCH, Task
+from lora_edu.course.tasks import BATCH, Task
 
 RANK, TOKENS = 8, 8                      # tokens that one timed call of `decode` makes
 SHAPES = ((1, 16), (1, 128), (8, 128), (32, 256))      # batch x length

@@ -17,7 +17,7 @@ from lora_edu.training import corpora
 from lora_edu.training.loop import evaluate, sixteen_bits
 from lora_edu.training.stacked import train_stack
 from lora_edu.training.sweep import sweep
-from lora_edu.training.tasks import Task
+from lora_edu.course.tasks import Task
 
 ROWS = 8
 GRID = {"ranks": (1, 4, 8, 16, 64), "rates": tuple(0.001 * 2**i for i in range(7)), "rules": ("2r", "fixed"),

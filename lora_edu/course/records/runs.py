@@ -11,7 +11,7 @@ from lora_edu.models.pretrained import best_device, load_pretrained
 from lora_edu.rivals.methods import prepare, solved_cards
 from lora_edu.training import bistro, corpora
 from lora_edu.training.loop import evaluate, sixteen_bits, train
-from lora_edu.training.tasks import Task
+from lora_edu.course.tasks import Task
 
 SEEDS = (1, 2, 3)                # reported; seed 0 is for choosing learning rates
 FIRST_RATES = {"lora": (4e-3, 8e-3, 1.6e-2), "full": (5e-4, 1e-3, 2e-3)}

@@ -15,7 +15,7 @@ from lora_edu.files import checksum
 from lora_edu.measure.spectra import Factors, Spectrum, factor, spectrum, truncate
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training.loop import evaluate
-from lora_edu.training.tasks import BATCH, Task, full_fine_tune
+from lora_edu.course.tasks import BATCH, Task, full_fine_tune
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 SLICE = 40                       # steps of the slice that the notebook trains again

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_edu.course.labs import live_run
-from lora_edu.course.labs.live_run import Lesson, LiveRun, Point, middle, singular_values
+from lora_edu.course.labs.live_run import LiveRun, Plan, Point, middle, singular_values
 from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.inject import apply_lora
 from lora_edu.lora.settings import LoRASettings
@@ -32,11 +32,12 @@ def base():
 @pytest.fixture(scope="module")
 def lesson(base):
     tokenizer = load_pretrained()[1]
-    return Lesson(tokenizer, bistro.prompt(bistro.cards("valid", 1)[0]), lambda steps,
-                  seed: bistro.batches(tokenizer, steps, 2, seed),
-                  bistro.heldout(tokenizer, 7, batch_size=3),
-                  corpora.tales_from(base, tokenizer, n=3, length=8, batch_size=2),
-                  bistro.cards("test", 6))
+    cards = bistro.cards("test", 6)
+    return Plan(tokenizer, bistro.prompt(bistro.cards("valid", 1)[0]),
+                lambda steps, seed: bistro.batches(tokenizer, steps, 2, seed),
+                bistro.heldout(tokenizer, 7, batch_size=3),
+                corpora.tales_from(base, tokenizer, n=3, length=8, batch_size=2),
+                [bistro.prompt(card) for card in cards], lambda texts: bistro.slot_accuracy(texts, cards).slots)
 
 
 def found(run) -> tuple:
@@ -46,7 +47,7 @@ def found(run) -> tuple:
         tuple(run.points),
         tuple(run.samples),
         tuple(run.sigma),
-        run.slots,
+        run.score,
         run.diverged,
         run.complete,
     )
@@ -67,15 +68,15 @@ def test_the_losses_are_those_of_the_plain_loop(base, lesson, whole):
     model = copy.deepcopy(base)
     torch.manual_seed(4)
     apply_lora(model, "all-linear", rank=3, alpha=6.0)
-    points = [Point(0, evaluate(model, lesson.heldout), evaluate(model, lesson.tales))]
+    points = [Point(0, evaluate(model, lesson.heldout), evaluate(model, lesson.plain))]
     losses = []
     for step in train(model, bistro.batches(lesson.tokenizer, STEPS, 2, 4), STEPS, 0.05):
         losses.append(step.loss)
         if step.step in (10, 20, 27):
-            points.append(Point(step.step, evaluate(model, lesson.heldout), evaluate(model, lesson.tales)))
+            points.append(Point(step.step, evaluate(model, lesson.heldout), evaluate(model, lesson.plain)))
     assert whole.losses == losses and len(set(losses)) == STEPS and losses[-1] < losses[0]
     assert [p.step for p in whole.points] == [0, 10, 20, 27]
-    assert np.allclose([(p.heldout, p.tales) for p in whole.points], [(p.heldout, p.tales) for p in points], rtol=1e-6)
+    assert np.allclose([(p.heldout, p.plain) for p in whole.points], [(p.heldout, p.plain) for p in points], rtol=1e-6)
     text = corpora.completions(model, lesson.tokenizer, [lesson.prompt], max_new_tokens=live_run.SAMPLE)[0]
     assert [step for step, _ in whole.samples] == [25, 27] and whole.samples[-1][1] == text
     update = dict(lora_layers(model))["model.layers.1.self_attn.o_proj"].delta_weight().detach().numpy()
@@ -123,21 +124,23 @@ def test_the_exam_is_written_a_few_prompts_at_a_time_and_scored(base, lesson, mo
     """Oracle: texts of which 4 of 6 are a right sentence, and the others say nothing."""
     asked = []
 
-    def write(model, tokenizer, records):
-        asked.append(len(records))
-        return [right[bistro.prompt(record)] for record in records]
+    def write(model, tokenizer, prompts, max_new_tokens=None):
+        if max_new_tokens == live_run.SAMPLE:          # a sample, and no part of the exam
+            return [""]
+        asked.append(len(prompts))
+        return [right[prompt] for prompt in prompts]
     right = {bistro.prompt(record): text if i < 4 else ""
              for i, (record, text) in enumerate(bistro.examples("test", 6))}
-    monkeypatch.setattr(live_run.bistro, "write", write)
+    monkeypatch.setattr(live_run, "completions", write)
     run = LiveRun(base, ADAPTER, lesson, 2)
     run.advance(2, seconds=math.inf)
-    assert (run.done, run.complete, run.slots, asked) == (2, False, None, [])
-    assert finished(run).slots == pytest.approx(4 / 6) and asked == [4, 2]
+    assert (run.done, run.complete, run.score, asked) == (2, False, None, [])
+    assert finished(run).score == pytest.approx(4 / 6) and asked == [4, 2]
 
 
 def test_a_task_without_records_has_no_exam(base, lesson):
-    run = finished(LiveRun(base, ADAPTER, Lesson(**vars(lesson) | {"cards": []}), 2))
-    assert run.slots is None and run.complete and run.done == 2
+    run = finished(LiveRun(base, ADAPTER, Plan(**vars(lesson) | {"questions": []}), 2))
+    assert run.score is None and run.complete and run.done == 2
 
 
 def test_runs_on_one_base_leave_it_and_each_other_alone(base, lesson, whole):
@@ -173,7 +176,7 @@ def test_the_scaling_is_the_adapters(base, lesson, rslora, scaling):
 def test_an_absurd_rate_ends_the_run_in_a_step_that_is_named(base, lesson):
     run = LiveRun(base, LoRASettings(**vars(ADAPTER) | {"lr": 1e30}), lesson, STEPS)
     run.advance(seconds=math.inf)
-    assert run.complete and run.diverged == run.done + 1 <= STEPS and run.slots is None
+    assert run.complete and run.diverged == run.done + 1 <= STEPS and run.score is None
     assert all(map(math.isfinite, (*run.losses, *run.sigma, *(p.heldout for p in run.points))))
     assert run.advance(seconds=math.inf) == run.done
 
@@ -210,7 +213,7 @@ def test_it_stops_after_the_piece_that_is_under_way(base, lesson, monkeypatch):
 def test_a_lesson_may_say_how_often_is_measured_and_in_which_type(base, lesson, monkeypatch):
     seen = []
     monkeypatch.setattr(live_run, "train", lambda *args, **how: seen.append(how["autocast"]) or train(*args, **how))
-    own = Lesson(**vars(lesson) | {"every": 4, "autocast": torch.bfloat16})
+    own = Plan(**vars(lesson) | {"every": 4, "autocast": torch.bfloat16})
     run = LiveRun(base, ADAPTER, own, 9)
     run.advance(seconds=math.inf)
     assert [point.step for point in run.points] == [0, 4, 8, 9] and seen == [torch.bfloat16]
@@ -248,6 +251,6 @@ def test_what_does_not_fit_is_refused_in_a_sentence(base, lesson):
         LiveRun(base, ADAPTER, lesson, 0)
     with pytest.raises(ValueError, match="rank=99 does not fit"):
         LiveRun(base, LoRASettings(rank=99), lesson)
-    short = Lesson(**vars(lesson) | {"batches": lambda steps, seed: lesson.batches(3, seed)})
+    short = Plan(**vars(lesson) | {"batches": lambda steps, seed: lesson.batches(3, seed)})
     with pytest.raises(ValueError, match="the batches ended after 3 steps"):
         finished(LiveRun(base, ADAPTER, short, STEPS))

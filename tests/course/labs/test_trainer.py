@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from lora_edu.course.labs import live_run, trainer
-from lora_edu.course.labs.live_run import Lesson, LiveRun
+from lora_edu.course.labs.live_run import LiveRun, Plan
 from lora_edu.course.labs.trainer import RATES, Trainer, live_trainer, setting_of
 from lora_edu.course.records.stored import load_record
 from lora_edu.lora.settings import RULES
 from lora_edu.lora.targets import PLACEMENTS
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro, corpora
-from lora_edu.training.tasks import TASKS
+from lora_edu.course.tasks import TASKS
 from tests.lora.tiny import our_llama
 
 pytestmark = pytest.mark.slow
@@ -34,12 +34,13 @@ def base():
 def lessons(base):
     tokenizer = load_pretrained()[1]
     tales = corpora.tales_from(base, tokenizer, n=2, length=8)
-    heldout, records = bistro.heldout(tokenizer, 2, batch_size=2), bistro.cards("test", 4)
+    heldout, cards = bistro.heldout(tokenizer, 2, batch_size=2), bistro.cards("test", 4)
 
     def batches(steps, seed):
         return bistro.batches(tokenizer, steps, 1, seed)
-    return {"bistro": Lesson(tokenizer, "=>", batches, heldout, tales, records),
-            "python_docs": Lesson(tokenizer, "The", batches, heldout, tales, [])}
+    return {"bistro": Plan(tokenizer, "=>", batches, heldout, tales, [bistro.prompt(card) for card in cards],
+                           lambda texts: bistro.slot_accuracy(texts, cards).slots),
+            "python_docs": Plan(tokenizer, "The", batches, heldout, tales)}
 
 
 @pytest.fixture
@@ -92,10 +93,10 @@ def test_what_is_told_is_what_the_run_found(tr):
     play_out(tr)
     now, run = tr.runs["now"], tr.run
     assert now["losses"] == run.losses and now["losses"][0] > now["losses"][-1] and now["done"] == STEPS
-    assert now["points"] == [[p.step, p.heldout, p.tales] for p in run.points]
+    assert now["points"] == [[p.step, p.heldout, p.plain] for p in run.points]
     assert [step for step, *_ in now["points"]] == [0, 10, 12]
-    assert now["sigma"] == run.sigma and max(run.sigma) > 0 and now["complete"] and now["slots"] == 0
-    assert now["sample"] == (12, run.samples[-1][1]) and now["prompt"] == "" and now["cards"] == 4
+    assert now["sigma"] == run.sigma and max(run.sigma) > 0 and now["complete"] and now["score"] == 0
+    assert now["sample"] == (12, run.samples[-1][1]) and now["prompt"] == "" and now["asked"] == 4
 
 
 @pytest.mark.parametrize("by", [0.3, 0.7])
@@ -150,7 +151,7 @@ def test_five_earlier_runs_stay_and_another_task_clears_them(tr):
     move(tr, task="python_docs")
     assert tr.runs["earlier"] == [] and tr.runs["now"] is None
     play_to(tr, 1)
-    assert tr.runs["now"]["look"] == 0 and tr.runs["now"]["slots"] is None
+    assert tr.runs["now"]["look"] == 0 and tr.runs["now"]["score"] is None
 
 
 def test_a_guess_is_no_setting(tr):
@@ -180,7 +181,7 @@ def test_fifty_moves_during_play_leave_a_consistent_state(tr):
             ask(tr)
         assert tr.setting == setting_of(tr.state) and len(tr.earlier) <= 5 and tr.runs["problem"] == ""
     play_out(tr)
-    fresh = LiveRun(tr.base, tr.setting.adapter, tr.lesson(tr.setting.task, False), STEPS)
+    fresh = LiveRun(tr.base, tr.setting.adapter, tr.plan(tr.setting.task, False), STEPS)
     fresh.advance(seconds=math.inf)
     assert (fresh.losses, fresh.points, fresh.sigma) == (tr.run.losses, tr.run.points, tr.run.sigma)
 
@@ -298,10 +299,10 @@ def test_as_in_the_record_the_live_run_is_the_recorded_one():
     step, train, valid = cell["path"][0]
     assert step == 10 and real.run.losses[9] == pytest.approx(train, abs=0.02)
     assert real.run.points[1].heldout == pytest.approx(valid, abs=0.02) and real.run.steps == 100
-    assert real.run.lesson.autocast is torch.bfloat16
+    assert real.run.plan.autocast is torch.bfloat16
     move(real, task="python_docs")
     real.work(1)
-    assert real.run.steps == 50 and real.run.lesson.every == 5
+    assert real.run.steps == 50 and real.run.plan.every == 5
     assert real.run.points[0].heldout == pytest.approx(record["before"]["task"]["python_docs"]["valid"], abs=0.02)
 
 
@@ -311,6 +312,6 @@ def test_on_its_own_it_is_8_rows_on_a_cpu_in_float32():
     while not real.run or real.run.done < 2:
         real.work()
     before, after = real.run.points
-    assert 3 < after.heldout < before.heldout - 0.1 and real.run.lesson.autocast is None
-    assert next(iter(real.run.lesson.batches(1, 0)))[0].shape[0] == 8
+    assert 3 < after.heldout < before.heldout - 0.1 and real.run.plan.autocast is None
+    assert next(iter(real.run.plan.batches(1, 0)))[0].shape[0] == 8
     assert "8 rows a step" in real.data["place"]["own"]

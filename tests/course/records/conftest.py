@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from lora_edu import load_pretrained
+from lora_edu.course import tasks
 from lora_edu.course.records import comparisons, merging, rank, runs, spectra
-from lora_edu.training import corpora, tasks
+from lora_edu.training import corpora
 from tests.lora.tiny import our_llama
 
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from lora_edu import load_pretrained
-from lora_edu.training import bistro, tasks
+from lora_edu.course import tasks
+from lora_edu.course.tasks import full_fine_tune, training_batches
+from lora_edu.training import bistro
 from lora_edu.training.loop import evaluate
-from lora_edu.training.tasks import full_fine_tune, training_batches
 
 
 @pytest.fixture(scope="module")
