@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lora_edu.course.pair_files import read_pairs
 from lora_edu.models.bridge import ask, encode, end_token
+from lora_edu.numbers import counted
 from lora_edu.tables import ShowsTables, Table
 from lora_edu.training import bistro
 from lora_edu.training.corpora import completions
@@ -152,15 +153,16 @@ def from_pairs(source: str | Path | list[Pair], name: str | None = None, seed: i
         pairs, notes, name = [tuple(pair) for pair in source], [], name or "pairs"
     unique = list(dict.fromkeys(pairs))
     if len(unique) < len(pairs):
-        notes.append(f"{len(pairs) - len(unique):,} rows were there twice and count once")
+        notes.append(f"{counted(len(pairs) - len(unique), 'row')} there twice counted once")
     of: dict[Pair | str, list[Pair]] = {}
     for pair in unique:
         of.setdefault(pair[0] or pair, []).append(pair)              # plain text has no question to be grouped by
     if len(of) < LEAST:
-        raise ValueError(f"{name} has {len(of)} different questions{'' if not notes else f' ({notes[-1]})'}: give at "
-                         f"least {LEAST}, so that some can be kept for a test.")
+        noticed = f" ({notes[-1]})" if notes else ""
+        raise ValueError(f"{name} has {counted(len(of), 'different question')}{noticed}: give at least {LEAST}, so "
+                         "that some can be kept for a test.")
     if len(of) < len(unique):
-        notes.append(f"{len(unique) - len(of):,} questions have a second answer; they stay in one part")
+        notes.append(f"{counted(len(unique) - len(of), 'second answer')} to a question kept in the part of the first")
     order = random.Random(f"split {seed}").sample(list(of), len(of))
     kept = min(MOST, max(1, round(SHARE * len(order))))
     test, valid, train = ([pair for key in part for pair in of[key]]

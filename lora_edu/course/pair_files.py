@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from lora_edu.numbers import counted
 from lora_edu.training.pairs import Pair
 
 QUESTION = ("prompt", "question", "input", "instruction", "user", "source", "q", "guest")
@@ -38,7 +39,7 @@ def read_pairs(file: Path) -> tuple[list[Pair], list[str]]:
     whole = [(question.strip(), answer.strip()) for question, answer in pairs]
     whole = [pair for pair in whole if all(pair)]
     if len(whole) < len(pairs):
-        notes.append(f"{len(pairs) - len(whole):,} rows had an empty side and were left out")
+        notes.append(f"{counted(len(pairs) - len(whole), 'row')} with an empty side left out")
     return whole, notes
 
 
@@ -97,7 +98,7 @@ def table(text: str, name: str) -> list[list[str]]:
     odd = [(line, cells) for line, cells in rows if len(cells) != width]
     if odd:
         raise ValueError(f"line {odd[0][0]} of {name} has {len(odd[0][1])} columns where most have {width} "
-                         f"({len(odd):,} such lines): put quotes around a text that holds a comma.")
+                         f"({counted(len(odd), 'such line')}): put quotes around a text that holds a comma.")
     return [cells for _, cells in rows]
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_edu.lora.conv import LoRAConv
 from lora_edu.lora.factors import refuse_adapted, some_lora_layers
 from lora_edu.lora.layer import HOOKS, LoRALinear, check_weight, features, is_linear, move_hooks
+from lora_edu.lora.quantized import base_weight, packed_away
 from lora_edu.lora.settings import check_settings
 from lora_edu.lora.targets import find_targets, output_heads, refuse_tied, shorten, unwrap, weight_readers
 from lora_edu.numbers import whole
@@ -61,9 +62,10 @@ class LoRAReport(ShowsTables):
         first = next(iter(layers.values()))
         return cls(rank=first.rank, alpha=first.alpha, rslora=first.rslora,
                    matched={name: (m.out_features, m.in_features) for name, m in layers.items()}, left_out=left_out,
-                   trainable=sum(p.numel() for p in factors), total=sum(p.numel() for p in model.parameters()),
+                   trainable=sum(p.numel() for p in factors),
+                   total=sum(p.numel() for p in model.parameters()) + packed_away(model),
                    adapter_bytes=sum(p.nbytes for p in factors),
-                   merge_bytes=sum(m.base_layer.weight.nbytes for m in layers.values()),
+                   merge_bytes=sum(base_weight(m.base_layer).nbytes for m in layers.values()),
                    ranks={name: m.rank for name, m in layers.items()},
                    scalings={name: m.scaling for name, m in layers.items()}, head=list(head), note=note)
 
@@ -214,7 +216,7 @@ def check_layers(model: nn.Module, targets: list[str], rank: int = 1, alpha: flo
 
 def _offer_without_narrow(model: nn.Module, targets: list[str], rank) -> str:
     asked = whole(rank) or 1
-    narrow = [name for name in targets if min(model.get_submodule(name).weight.shape) < asked]
+    narrow = [name for name in targets if min(features(model.get_submodule(name))) < asked]
     if not narrow or len(narrow) == len(targets):
         return ""
     return (f" Narrower than rank {rank} are {shorten(narrow)}: take a smaller rank, or target_modules without "

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_edu.lora.quantized import base_weight, is_quantized
 from lora_edu.lora.settings import check_settings, scaling_of
 from lora_edu.numbers import real
 
@@ -26,13 +27,6 @@ def is_conv1d(layer: nn.Module) -> bool:
     """
     named = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")      # first: a weight may be computed when read
     return named and getattr(getattr(layer, "weight", None), "ndim", 0) == 2
-
-
-def is_quantized(layer: nn.Module) -> bool:
-    """A linear layer whose weight is stored in few bits and made anew when it is read, and that can give a plain layer
-    of itself (`models.quantize.QuantLinear`). Known by what it can do, so that this package need not import it.
-    """
-    return callable(getattr(type(layer), "unquantized", None))
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -175,7 +169,7 @@ class LoRALinear(nn.Module):
         self.scaling = scaling_of(rank, alpha, rslora)
         self.off = False                     # see `lora_off`
         self.read_by_parent = False
-        weight = base_layer.weight
+        weight = base_weight(base_layer)
         small = weight.dtype in (torch.bfloat16, torch.float16) or is_quantized(base_layer)
         dtype = torch.float32 if small else weight.dtype
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=weight.device))
@@ -234,7 +228,7 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """What the layer computes with, (out_features, in_features), or transposed in a Conv1D: see the class."""
-        base = self.base_layer.weight
+        base = base_weight(self.base_layer)
         if self.off or not (self.merged or self.read_by_parent):
             return base
         return self.merged_weight if self.merged else (base + self._laid_out(self.delta_weight())).to(base.dtype)
@@ -295,7 +289,7 @@ class LoRALinear(nn.Module):
         if self.dropout and self.training:
             raise RuntimeError(f"the layer is in training mode with dropout={self.dropout:g}, which a merged weight "
                                "leaves out: call model.eval() first, then merge.")
-        base = self.base_layer.weight
+        base = base_weight(self.base_layer)
         wide = wide_dtype(base.dtype, self.lora_A.dtype)
         with torch.autocast(base.device.type, enabled=False):         # it would make the product in 16 bits
             delta = self._laid_out(self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide)))

@@ -16,7 +16,8 @@ from torch import nn
 
 from lora_edu.lora.factors import some_lora_layers
 from lora_edu.lora.inject import replace
-from lora_edu.lora.layer import LoRALinear, is_quantized
+from lora_edu.lora.layer import LoRALinear
+from lora_edu.lora.quantized import base_weight, is_quantized, plain_layer
 from lora_edu.lora.targets import shorten, unwrap
 from lora_edu.tables import ShowsTables, Table
 
@@ -187,7 +188,7 @@ def remove_lora(model: nn.Module, *, merge: bool) -> MergeReport | None:
 def _put_plain_back(model: nn.Module, name: str, layer: LoRALinear, merge: bool) -> None:
     """One layer, or nothing: were the update written and its factors still there, the next call would add it again."""
     if is_quantized(layer.base_layer):                       # what is stored stays; a merge needs a plain layer
-        plain = layer.base_layer.unquantized() if merge else layer.base_layer
+        plain = plain_layer(layer.base_layer) if merge else layer.base_layer
         if merge:
             plain.weight.copy_(layer.folded_weight())
         replace(model, name, plain)
@@ -215,10 +216,10 @@ def _fold_all(layers: list[tuple[str, LoRALinear]], keep: bool) -> tuple[list[to
             weight, delta = layer.fold()
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{name}: {error}") from None
-        parts[name] = Rounding.of(layer.base_layer.weight, delta, weight)
+        parts[name] = Rounding.of(base_weight(layer.base_layer), delta, weight)
         if keep:
             folded.append(weight)
-    dtypes = dict.fromkeys(str(layer.base_layer.weight.dtype).removeprefix("torch.") for _, layer in layers)
+    dtypes = dict.fromkeys(str(base_weight(layer.base_layer).dtype).removeprefix("torch.") for _, layer in layers)
     return folded, MergeReport(parts, ", ".join(dtypes), sum(weight.nbytes for weight in folded))
 
 
