@@ -169,8 +169,8 @@ class LoRALinear(nn.Module):
         self.scaling = scaling_of(rank, alpha, rslora)
         self.off = False                     # see `lora_off`
         self.read_by_parent = False
-        weight = base_weight(base_layer)
-        small = weight.dtype in (torch.bfloat16, torch.float16) or is_quantized(base_layer)
+        weight = base_layer.weight
+        small = is_quantized(base_layer) or weight.dtype in (torch.bfloat16, torch.float16)
         dtype = torch.float32 if small else weight.dtype
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=weight.device))

@@ -4,6 +4,8 @@ plain layer to merge into.
 `models.quantize.QuantLinear` is known by what it can do, bitsandbytes' Linear4bit and Linear8bitLt by their names, so
 that this package need import neither.
 """
+import copy
+
 import torch
 from torch import nn
 
@@ -27,7 +29,8 @@ def base_weight(layer: nn.Module) -> torch.Tensor:
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit  # whoever has such a layer has it
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            layer.state_dict()              # a forward pass on a CPU packed it otherwise; saving puts it back
+            layer = copy.deepcopy(layer)    # an eval pass on a CPU packed it otherwise; saving unpacks, and rounds
+            layer.state_dict()
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     scales = weight.SCB if getattr(weight, "SCB", None) is not None else layer.state.SCB
     return weight.data.float() * scales[:, None].float() / 127

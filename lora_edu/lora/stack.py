@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_edu.lora.inject import all_or_nothing, choose_layers, linear_layers, replace, share_weights
 from lora_edu.lora.layer import LoRALinear, features
-from lora_edu.lora.quantized import base_weight
+from lora_edu.lora.quantized import is_quantized
 from lora_edu.lora.settings import LoRASettings
 from lora_edu.numbers import real, whole
 from lora_edu.lora.targets import shorten, unwrap, weight_readers
@@ -33,8 +33,9 @@ class StackedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, ranks: list[int], scalings: list[float], routing: dict):
         super().__init__()
         self.base_layer, self.ranks, self.routing = base_layer.requires_grad_(False), ranks, routing
-        weight, (into, out) = base_weight(base_layer), features(base_layer)
-        dtype = weight.dtype if weight.dtype not in (torch.bfloat16, torch.float16) else torch.float32
+        weight, (into, out) = base_layer.weight, features(base_layer)
+        small = is_quantized(base_layer) or weight.dtype in (torch.bfloat16, torch.float16)
+        dtype = torch.float32 if small else weight.dtype
         like = dict(dtype=dtype, device=weight.device)
         self.lora_A = nn.Parameter(torch.zeros(len(ranks), max(ranks), into, **like))
         self.lora_B = nn.Parameter(torch.zeros(len(ranks), max(ranks), out, **like))
