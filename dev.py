@@ -324,7 +324,8 @@ def colab(more):
         command = [str(env_python()), "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600",
                    "--rootdir", str(folder), "-p", "no:cacheprovider",
                    f"--nbval-sanitize-with={HERE / 'tests' / 'notebooks' / 'pictures.cfg'}"]
-        env = child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1", PIP_NO_INDEX="1", LORA_EDU_CLAIMS="raise")
+        env = child_env(LORA_EDU_DEVICE="cpu", OMP_NUM_THREADS="1", PIP_NO_INDEX="1", LORA_EDU_CLAIMS="raise",
+                        LORA_EDU_REAL="fable")
         env = {key: value for key, value in env.items() if key not in ("PYTHONPATH", "LORA_EDU_SOURCE")}
         workers = ["-n", str(max(1, min(os.cpu_count() or 1, 4))), "--dist", "loadfile"]
         more = more[2:] if torch else more

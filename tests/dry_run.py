@@ -28,7 +28,7 @@ from torch import nn  # noqa: E402
 from tests.dry_device import DryTensor  # noqa: E402  changes torch: before any model is made
 
 import lora_edu  # noqa: E402
-from lora_edu.course import tasks  # noqa: E402
+from lora_edu.course import lessons, tasks  # noqa: E402
 from lora_edu.course.labs import live_run, merge_lab  # noqa: E402
 from lora_edu.course.page.claims import ClaimError  # noqa: E402
 from lora_edu.lora import layer, targets  # noqa: E402
@@ -184,7 +184,25 @@ def labs(device):
     return run.losses, run.sigma, [point.heldout for point in run.points], run.samples[-1][1]
 
 
-SCENES = [layers, training, adapters, text, stacks, changes, rivals, measures, labs]
+def four_bits(device):
+    """Stored in few bits, taught a lesson beside them, and merged into plain layers."""
+    found = []
+    for kind in ("nf4", "int8"):
+        model, tokenizer = fable(device)
+        lora_edu.quantize_(model, kind)
+        lesson = lessons.from_pairs([(f"{n} and 1?", f"It is {n + 1}.") for n in range(20)])
+        heldout = lesson.heldout(tokenizer)
+        found.append(loop.evaluate(model, heldout))
+        torch.manual_seed(0)
+        lora_edu.apply_lora(model, rank=2)
+        found += [step.loss for step in loop.train(model, lesson.batches(tokenizer, STEPS, rows=2), STEPS, lr=1e-2)]
+        found += lesson.answers(model, tokenizer, 1)
+        lora_edu.remove_lora(model, merge=True)
+        found.append(loop.evaluate(model, heldout))
+    return found
+
+
+SCENES = [layers, training, adapters, text, stacks, changes, rivals, measures, labs, four_bits]
 
 
 def flat(found):

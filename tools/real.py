@@ -75,7 +75,11 @@ def make(folder: Path) -> None:
         finally:
             sys.path.remove(str(work / "reads"))
         (work / "whole" / "SOURCE.md").write_text(ABOUT, encoding="utf-8")
-        os.replace(work / "whole", folder)
+        try:
+            os.replace(work / "whole", folder)
+        except OSError:                       # another process has made it meanwhile
+            if not (folder / "SOURCE.md").is_file():
+                raise
 
 
 def main() -> int:

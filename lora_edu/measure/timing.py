@@ -5,6 +5,7 @@ round, and what
 is compared is a ratio of two times of the same round: a machine that slows down slows both. Read `interleaved`, then
 `Times.ratio`.
 """
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warmup: 
     order, seconds = np.random.default_rng(0), {name: [] for name in variants}
     torch.set_num_threads(threads or before)
     try:
-        with torch.inference_mode(not gradients):
+        with contextlib.nullcontext() if gradients else torch.inference_mode():
             for _ in range(warmup + rounds):
                 for name in order.permutation(list(variants)):
                     seconds[name].append(seconds_for(variants[name]))

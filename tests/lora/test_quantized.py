@@ -83,7 +83,8 @@ print("ALL", "RIGHT")
 @pytest.mark.full
 def test_bitsandbytes_layers_are_wrapped_merged_and_saved(tmp_path):
     """Oracle: the layer itself, asked for its matrix by feeding it the identity."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "lib"), PACKAGE]
+    target = ["--target", str(tmp_path / "lib")]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *target, PACKAGE]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip(f"no package index here, and {PACKAGE} is not installed")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path / "lib")])}

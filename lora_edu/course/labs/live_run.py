@@ -40,7 +40,7 @@ class Plan:
             piece of work, so let it be small.
         questions, judge: the prompts of the exam at the end, and the share from 0 to 1 that the texts written to them
             score; none for a task without answers. judged: what that share counts, in words. at_once: questions
-            that are answered in one piece of work.
+            that are answered in one piece of work. shown: what the page shows of the prompt, if not all of it.
         every: steps between two measurements. autocast: what the products are computed in, torch.bfloat16 or
             torch.float16; None: as the model is. steps: length of a run, where the lesson fixes it.
     """
@@ -54,6 +54,7 @@ class Plan:
     judge: Callable[[list[str]], float] | None = None
     judged: str = "slots right"
     at_once: int = 4
+    shown: str = ""
     every: int = EVERY
     autocast: torch.dtype | None = None
     steps: int | None = None

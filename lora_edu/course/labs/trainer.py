@@ -5,7 +5,6 @@ page shows is a function of the steps done (see `live_run.py`). A control that m
 curve and begins a new one, at the next tick: while a slider is dragged, no model is made.
 """
 import functools
-import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -96,10 +95,11 @@ def live_trainer(model: nn.Module | None = None, tokenizer=None, lessons: Sequen
         its = by_name[name]
         known = like and record and record["settings"]["tasks"].get(name)
         asked = its.test[:12] if its.judge else []
-        return Plan(tokenizer, ask(tokenizer, its.valid[0][0]) if its.judge else "",
+        question = its.valid[0][0]
+        return Plan(tokenizer, ask(tokenizer, question) if its.judge else "The",
                     functools.partial(its.batches, tokenizer, rows=record["settings"]["rows"] if known else rows),
                     its.heldout(tokenizer, n=16, rows=2), plain(), [ask(tokenizer, question) for question, _ in asked],
-                    its.score, its.judged, 1, autocast=narrow, steps=known["steps"] if known else None)
+                    its.score, its.judged, 1, question, autocast=narrow, steps=known["steps"] if known else None)
 
     return Trainer(model.to(device), plan, steps or 60, _where(device, rows), record, plain="plain text",
                    tasks={name: name for name in by_name}, rates=[rate / 8 for rate in RATES],
@@ -276,20 +276,13 @@ class Trainer(Lab):
         return {"name": name, "look": look, "done": run.done, "steps": run.steps,
                 "losses": list(run.losses), "points": [list(vars(point).values()) for point in run.points],
                 "sigma": run.sigma, "watched": run.watched, "sample": run.samples[-1] if run.samples else None,
-                "prompt": asked_in(run.plan.prompt), "score": run.score, "judged": run.plan.judged,
-                "asked": len(run.plan.questions),
+                "prompt": (run.plan.shown or run.plan.prompt).rstrip("=>").strip(), "score": run.score,
+                "judged": run.plan.judged, "asked": len(run.plan.questions),
                 "diverged": run.diverged, "complete": run.complete, "skipped": run.skipped}
 
 
 def setting_of(state: dict) -> Setting:
     return Setting(**{name: state[name] for name in Setting._fields})
-
-
-def asked_in(prompt: str) -> str:
-    """The reader's part of a prompt: without the arrow, and without a chat template's marks around the question."""
-    said = re.split(r"<\|[^|]*\|>", prompt)
-    question = max(said[1:], key=len).removeprefix("user") if len(said) > 1 else prompt
-    return question.rstrip("=>").strip()
 
 
 def targets_of(placement: str) -> tuple[str, ...] | str:

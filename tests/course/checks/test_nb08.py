@@ -54,7 +54,8 @@ def test_right_answers_pass_and_stubs_are_not_attempted(checker, good):
 
 
 @pytest.mark.parametrize("checker, wrong, said", [(checker, *each) for checker, those in (
-    (nb08.check_nf4_bytes, BYTES), (nb08.check_right_merge, MERGES), (nb08.check_checkpointed, BLOCKS)) for each in those])
+    (nb08.check_nf4_bytes, BYTES), (nb08.check_right_merge, MERGES), (nb08.check_checkpointed, BLOCKS))
+    for each in those])
 def test_wrong_answers_are_told_why(checker, wrong, said):
     verdict = checker(wrong)
     assert verdict.passed is False and said in verdict.line

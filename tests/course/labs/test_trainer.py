@@ -9,14 +9,18 @@ import time
 import pytest
 import torch
 
+from lora_edu import apply_lora, load_adapter, lora_state_dict, quantize_, train
+from lora_edu.course import lessons as lessons_of
 from lora_edu.course.labs import live_run, trainer
 from lora_edu.course.labs.live_run import LiveRun, Plan
 from lora_edu.course.labs.trainer import RATES, Trainer, live_trainer, setting_of
 from lora_edu.course.records.stored import load_record
+from lora_edu.lora.inject import share_weights
 from lora_edu.lora.settings import RULES
 from lora_edu.lora.targets import PLACEMENTS
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro, corpora
+from lora_edu.training.loop import sixteen_bits
 from lora_edu.course.tasks import TASKS
 from tests.lora.tiny import our_llama
 
@@ -315,3 +319,77 @@ def test_on_its_own_it_is_8_rows_on_a_cpu_in_float32():
     assert 3 < after.heldout < before.heldout - 0.1 and real.run.plan.autocast is None
     assert next(iter(real.run.plan.batches(1, 0)))[0].shape[0] == 8
     assert "8 rows a step" in real.data["place"]["own"]
+
+
+SUMS = lessons_of.from_pairs([(f"What is {n} and 1?", f"It is {n + 1}.") for n in range(40)], "sums")
+
+
+def of_a_reader(model, tokenizer, record=None, **how):
+    return live_trainer(model, tokenizer, [SUMS, lessons_of.restaurants(40)], record=record, **how)
+
+
+def test_it_teaches_a_readers_model_a_readers_lesson(base, tmp_path):
+    """The losses are those of the plain loop on the lesson's own batches; what is saved is what was learned."""
+    tokenizer = load_pretrained()[1]
+    tr = of_a_reader(base, tokenizer, steps=6)
+    tr.put_to("sums", "2r", 4, 8, 0.004)
+    with pytest.raises(ValueError, match="there is no run to save: press Play or Step first"):
+        tr.save(tmp_path / "mine")
+    for _ in range(6):
+        tr.work(1)
+    model = share_weights(base)
+    torch.manual_seed(0)
+    apply_lora(model, rank=4, alpha=8)
+    own = [step.loss for step in train(model, SUMS.batches(tokenizer, 6, 0, rows=1), 6, 0.004,
+                                       autocast=sixteen_bits(torch.device("cpu")))]
+    assert tr.run.losses == own and tr.data["plain"] == "plain text"
+    tr.save(tmp_path / "mine")
+    again = share_weights(base)
+    load_adapter(again, tmp_path / "mine")
+    assert all(torch.equal(tensor, lora_state_dict(model)[name]) for name, tensor in lora_state_dict(again).items())
+    while not tr.run.complete:
+        tr.work()
+    now = tr.runs["now"]
+    assert now["judged"] == "answers right" and now["asked"] == 4 and now["score"] is not None
+    assert now["prompt"] == SUMS.valid[0][0] and "1 row a step" in tr.data["place"]["own"]
+
+
+def test_another_architecture_offers_what_it_has():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=16, n_layer=1, n_head=2, n_positions=256)).eval()
+    tr = of_a_reader(model, load_pretrained()[1], steps=2)
+    assert list(tr.data["counts"]) == ["all-linear"] and tr.data["ranks"][-1] == 16
+    tr.work(1)
+    assert tr.run.done == 1 and tr.runs["problem"] == "" and tr.run.report.trainable == 8 * tr.data["counts"][
+        "all-linear"]
+
+
+def test_a_models_record_is_drawn_and_its_own_protocol_kept(base):
+    path = [[2, 3.0, 3.1], [4, 2.0, 2.2]]
+    record = {"settings": {"rows": 3, "tasks": {"restaurants": {"steps": 4}}}, "ranks": [1], "rates": [0.002],
+              "before": {"restaurants": 4.0}, "grid": [{"task": "restaurants", "rule": "2r", "rank": 1, "alpha": 2,
+                                                        "lr": 0.002, "path": path}]}
+    tr = of_a_reader(base, load_pretrained()[1], record)
+    assert tr.state["like"] and tr.data["record"]["grid"][0]["path"] == path
+    tr.put_to("restaurants", "2r", 1, 2, 0.002)
+    tr.work(1)
+    assert tr.run.steps == 4 and next(iter(tr.run.plan.batches(1, 0)))[0].shape[0] == 3
+    tr.put_to("sums", "2r", 1, 2, 0.002)
+    tr.work(1)
+    assert tr.run.steps == 60 and next(iter(tr.run.plan.batches(1, 0)))[0].shape[0] == 1, "no record of this lesson"
+
+
+def test_four_bits_are_taught_too(base):
+    model = quantize_(share_weights(base), "nf4")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tr = of_a_reader(model, load_pretrained()[1], steps=2)
+    tr.work(2)
+    assert tr.run.done == 2 and tr.run.losses[0] != tr.run.losses[1]
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("how", [{"tokenizer": None, "lessons": [SUMS]}, {"tokenizer": "x", "lessons": []}])
+def test_a_model_without_a_tokenizer_or_a_lesson_is_a_sentence(base, how):
+    with pytest.raises(ValueError, match="a model of yours needs its tokenizer and at least one lesson"):
+        live_trainer(base, **how)

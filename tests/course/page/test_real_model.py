@@ -1,4 +1,4 @@
-"""Which real model there is: the hub's, the copy from the package index, or fable; and where trained things are kept."""
+"""Which real model there is: the hub's, the package index's copy, or fable; and where trained things are kept."""
 from pathlib import Path
 
 import pytest
