@@ -142,9 +142,9 @@ def from_pairs(source: str | Path | list[Pair], name: str | None = None, seed: i
 
     >>> from_pairs([(f"{n} and 1?", str(n + 1)) for n in range(30)], "sums")
     sums        pairs  the first one's question  and answer
-    training       24  28 and 1?                 29
-    validation      3  20 and 1?                 21
-    test            3  25 and 1?                 26
+    training       24                 27 and 1?          28
+    validation      3                  8 and 1?           9
+    test            3                 15 and 1?          16
     Judged by answers right: 0% without reading the question.
     """
     if isinstance(source, (str, Path)):

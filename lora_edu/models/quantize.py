@@ -169,6 +169,11 @@ def quantize_(model: nn.Module, kind: str = "nf4", keep: Sequence[str] = ()) -> 
     Raises:
         ValueError: no such kind, a name in `keep` that no layer has, a weight that is not finite, a layer under LoRA
             (quantise first); then nothing is changed.
+
+    >>> from lora_edu import load_pretrained
+    >>> model = quantize_(load_pretrained()[0], "nf4")
+    >>> model.model["layers"][0].mlp.up_proj, type(model.lm_head).__name__
+    (QuantLinear(in_features=256, out_features=688, kind='nf4'), 'Linear')
     """
     if isinstance(model, nn.Linear):
         return QuantLinear(model, kind)
