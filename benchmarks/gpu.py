@@ -10,7 +10,7 @@
     peak memory        the allocator's peak of a step beside the ledger's prediction
 
 A part's numbers are kept with the device (name and capability), the date and the versions; another device begins a new
-record. 4-bit weights are not among them: the library has none yet.
+record. Four bits are not among them: their layer here is for reading, and makes its weight anew at every pass.
 """
 import argparse
 import importlib

@@ -60,6 +60,8 @@ BROKEN = {      # file, what it holds -> what is said of it
                         r"line 2 of loose_comma.csv has 3 columns where most have 2 \(12 such lines\)"),
     "open_quote.csv": ("prompt,answer\n" + as_csv(ROWS[:3], head="") + 'Who?,"A king.\nWhat?,A garden.\n',
                        "line 5 of open_quote.csv is broken .*every quote that opens must close"),
+    "after_a_long_cell.csv": ("prompt,answer\n" + 'Who?,"A king\nand a queen."\n' + "What?,A garden,a house.\n",
+                              "line 4 of after_a_long_cell.csv has 3 columns where most have 2"),
     "quote_in_quotes.csv": ("prompt,answer\n" + 'Who?,"He said "no" to me."\n',
                             "line 2 of quote_in_quotes.csv is broken .*a quote inside quotes is written twice"),
     "spreadsheet.csv": (b"PK\x03\x04\0\0\0binary", "holds bytes that are no text"),

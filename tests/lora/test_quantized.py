@@ -39,7 +39,7 @@ for bits, close in ((4, 1e-4), (8, 5e-2)):
     model.train()       # in eval mode a CPU with AVX512-BF16 packs Linear4bit otherwise, in bfloat16
     want = layer(torch.eye(128)).T.detach()                              # what it computes with, by asking it
     assert is_quantized(layer) and not is_quantized(plain.get_submodule(name)) and not layer.weight.is_floating_point()
-    assert torch.allclose(base_weight(layer), want, atol=1e-6 if bits == 4 else 1e-3)
+    assert (base_weight(layer) - want).norm() < (1e-5 if bits == 4 else 2e-3) * want.norm()
     off = (base_weight(layer) - plain.get_submodule(name).weight).norm() / plain.get_submodule(name).weight.norm()
     assert 0 < off < (0.12 if bits == 4 else 0.02)
     ids = torch.arange(40).reshape(2, 20)
@@ -69,9 +69,9 @@ for bits, close in ((4, 1e-4), (8, 5e-2)):
     with torch.no_grad():
         assert (again.train()(ids) - apart).abs().max() < close
     with torch.no_grad():
-        packed = four(bits)[0]
+        packed = four(bits)[0].eval()
         before, layer = packed(ids), packed.get_submodule(name)
-        assert torch.allclose(base_weight(layer), want, atol=2e-3)
+        assert (base_weight(layer) - want).norm() < 5e-3 * want.norm()
         apply_lora(packed, rank=4)
         assert torch.equal(packed(ids), before), "wrapping and reading leave the layer as it is packed"
     stack = LoRAStack(four(bits)[0], [LoRASettings(rank=2), LoRASettings(rank=3)])

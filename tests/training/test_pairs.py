@@ -7,6 +7,7 @@ import torch
 from lora_edu.models.bridge import ask, encode
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro
+from lora_edu.training.corpora import completions
 from lora_edu.training.pairs import collate, row
 
 TEMPLATE = "{% for m in messages %}<u>{{ m.content }}</u>\n{% endfor %}{% if add_generation_prompt %}<a>\n{% endif %}"
@@ -36,6 +37,24 @@ def test_a_template_stands_around_the_question_and_the_loss_counts_on_the_answer
     assert tokenizer.decode(ids[before:-1]) == "A king." and ids[-1] == 0
     _, targets = collate(tokenizer, [("Who?", "A king."), ("Who is it that speaks?", "A queen.")])
     assert [tokenizer.decode(line[line != -100].tolist()) for line in targets] == ["A king.", "A queen."]
+
+
+def test_an_answer_ends_with_the_token_that_the_folder_names(tokenizer):
+    tokenizer.eos_token = "!"
+    ids, *_ = row(tokenizer, ("Who?", "A king."))
+    assert ids[-1] == tokenizer.token_to_id("!") != 0
+    assert completions(Says(tokenizer, "A king!And more"), tokenizer, ["Who?"]) == ["A king"]
+
+
+class Says(torch.nn.Module):
+    """Writes one text, whatever it is asked."""
+
+    def __init__(self, tokenizer, text):
+        super().__init__()
+        self.weight, self.ids = torch.nn.Parameter(torch.zeros(1)), torch.tensor([encode(tokenizer, text)])
+
+    def generate(self, ids, max_new_tokens, **how):
+        return torch.cat([ids, self.ids], dim=1)
 
 
 def test_what_is_too_long_is_cut_and_has_no_end_to_learn(tokenizer):
