@@ -56,7 +56,9 @@ def _read(said: str) -> dict:
 
 def _values(tensor: torch.Tensor, numel: int) -> list[float]:
     """Numbers at evenly spread places among the first `numel`, rounded to bfloat16."""
-    places = torch.linspace(0, numel - 1, min(numel, VALUES)).long().to(tensor.device)
+    count = min(numel, VALUES)
+    # whole numbers: from 2**24 on float32 has no place for each
+    places = (torch.arange(count) * (numel - 1) // max(count - 1, 1)).to(tensor.device)
     return tensor.detach().reshape(-1)[places].bfloat16().float().tolist()
 
 

@@ -22,6 +22,7 @@ from lora_edu import (
 from lora_edu.lora.adapter_file import load_adapter, save_adapter
 from lora_edu.lora.conv import LoRAConv
 from lora_edu.lora.factors import lora_layers
+from lora_edu.lora.fingerprint import fingerprint_of
 from lora_edu.models.pretrained import BISTRO_ADAPTER
 from tests.lora.tiny import IDS, MODELS, logits, names, our_llama, shake
 
@@ -338,3 +339,12 @@ def test_a_name_that_is_the_ending_of_another_keeps_its_own_rank(ranks, tmp_path
 def test_what_no_two_convolutions_can_stand_beside_is_refused(conv):
     with pytest.raises(TypeError, match="cannot be wrapped: LoRAConv takes convolutions without groups"):
         LoRAConv.wrap(conv, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 33, 2**24 + 1, 49_152 * 576])
+def test_a_fingerprint_of_a_large_tensor_takes_numbers_from_its_first_to_its_last(size):
+    """Counts above 2**24 have no float32 of their own; one number of each is known by its place."""
+    tensor = torch.zeros(size, dtype=torch.bfloat16)
+    tensor[0], tensor[-1] = 1.0, 2.0
+    (values,) = [values for _, values in json.loads(fingerprint_of({"x": tensor})).values()]
+    assert len(values) == min(size, 32) and values[-1] == 2.0 and (size == 1 or values[0] == 1.0)
