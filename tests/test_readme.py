@@ -3,13 +3,16 @@ shows.
 """
 import base64
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lora_edu.course.lessons import ORDERS
 from tools import links
 
 pytestmark = pytest.mark.slow
@@ -18,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COLAB = f"{links.COLAB}{links.repository(ROOT)}/blob/main/notebooks/"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+# of the two blocks that are not indented; that one is Colab's: test_bundle.py
+CODE = re.findall(r"^```python\n(.*?)```", README, re.S | re.M)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "lora_edu/models/fable/README.md"])
@@ -44,11 +51,22 @@ def test_the_picture_is_the_first_one_of_notebook_00():
 
 
 def test_the_code_runs():
-    (code,) = re.findall(r"^```python\n(.*?)```", README, re.S | re.M)      # the other block is Colab's: test_bundle.py
+    code, _ = CODE
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.split("\n")
     losses = [float(line.split()[1]) for line in lines if re.fullmatch(r"\d+ \d+\.\d+", line)]
     assert len(losses) == 20 and losses[-1] < 0.5 * losses[0] and "156,160 of 3,844,864" in done.stdout
+
+
+def test_the_code_for_a_file_of_your_own_runs(tmp_path):
+    """On fable, and with the course's orders as the file."""
+    shutil.copy(ORDERS, tmp_path / "my.csv")
+    done = subprocess.run([sys.executable, "-c", CODE[1]], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"LORA_EDU_REAL": "fable"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "without reading the question 0.23" in done.stdout
+    assert {path.name for path in (tmp_path / "my_adapter").iterdir()} == {"adapter_config.json",
+                                                                            "adapter_model.safetensors"}
 
 
 # what a fenced block or a line in it begins with -> how it is tried, or why not

