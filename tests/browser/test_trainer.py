@@ -4,7 +4,10 @@ import time
 
 import pytest
 
+from lora_edu.course import lessons
 from lora_edu.course.labs.trainer import live_trainer
+from lora_edu.course.records.real import recorded_paths
+from lora_edu.models.pretrained import load_pretrained
 from tests.browser.conftest import FASTEST, TOO_WIDE
 
 pytestmark = pytest.mark.browser
@@ -34,7 +37,7 @@ def run(done=10, complete=False, name="r 8", **more) -> dict:
     points = [[0, 4.15, 3.1], [10, 1.5, 3.6]][:1 + (done >= 10)]
     return {"name": name, "look": 0, "done": done, "steps": 100, "losses": [4.0 - 0.1 * i for i in range(done)],
             "points": points, "sigma": [2.0, 1.0], "watched": "model.layers.2.self_attn.o_proj", "sample": None,
-            "prompt": "name: Clover", "slots": None, "cards": 40, "diverged": None, "complete": complete, "skipped": 0,
+            "prompt": "name: Clover", "score": None, "judged": "slots right", "asked": 40, "diverged": None, "complete": complete, "skipped": 0,
             } | more
 
 
@@ -83,11 +86,11 @@ def test_a_kernel_that_is_busy_is_named_and_one_that_was_interrupted_pauses(page
 
 def test_the_end_of_a_run_stops_the_clock_and_an_ended_trainer_says_so(page):
     page.get_by_role("button", name="Play").click()
-    tell(page, run(100, complete=True, slots=0.5, sample=[100, "Clover is cheap."]))
+    tell(page, run(100, complete=True, score=0.5, sample=[100, "Clover is cheap."]))
     answer(page)
     page.wait_for_timeout(150)
     assert sent(page) == ["tick"] and page.get_by_role("button", name="Play").count()
-    assert "Clover is cheap." in page.locator(".lora-lab").inner_text() and "slots 50%" in said(page)
+    assert "Clover is cheap." in page.locator(".lora-lab").inner_text() and "slots right 50%" in said(page)
     tell(page, ended=True)
     assert said(page).startswith("this trainer has ended: its cell was run again")
     assert page.locator("[data-name=play]").get_attribute("aria-disabled") == "true"
@@ -163,7 +166,7 @@ def test_a_guess_can_be_drawn(page):
 
 
 def test_controls_and_samples_are_above_the_fold(page):
-    tell(page, run(25, name="r 64", look=1, sample=[25, "Clover is a house."]), [run(100, complete=True, slots=0.5,
+    tell(page, run(25, name="r 64", look=1, sample=[25, "Clover is a house."]), [run(100, complete=True, score=0.5,
                                                                                  sample=[100, "Clover is cheap."])])
     for text in ("Clover is a house.", "Clover is cheap."):
         box = page.get_by_text(text).bounding_box()
@@ -172,12 +175,28 @@ def test_controls_and_samples_are_above_the_fold(page):
     assert page.evaluate("() => document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
+def test_a_lesson_of_the_readers_is_in_no_record(open_lab):
+    """A model's record knows restaurants; the page's other lesson runs by itself, and says so."""
+    model, tokenizer = load_pretrained()
+    page = open_lab(live_trainer(model, tokenizer, [lessons.orders(), lessons.restaurants(40)],
+                                 record=recorded_paths("fable")), width=1024)
+    assert "step 0 of 60: press Play, or Step" in said(page) and "1 row a step" in said(page)
+    assert page.locator("path[opacity='0.45']").count() == 0
+    page.get_by_role("button", name="restaurants").click()
+    assert "the record has no run of this setting: it has rank 1, 16 with alpha 2r, rates" in said(page)
+    assert "4 rows a step" in said(page)
+    page.evaluate("() => window.tell('state', {...window.model.get('state'), rank: 16, alpha: 32, lr: 0.008})")
+    assert "the record has no run" not in said(page) and page.locator("path[opacity='0.45']").count() == 2
+    tell(page, run(10, judged="fields right", score=0.5, complete=True, steps=60))
+    assert "plain text 3.600; fields right 50%" in said(page)
+
+
 @pytest.mark.parametrize("width, dark", [(1440, False), (390, True)])
 def test_it_fits_and_axe_finds_nothing_serious_and_a_move_takes_less_than_a_frame(width, dark, trainer, open_lab):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = open_lab(trainer, width=width, dark=dark)
     page.get_by_role("button", name="guess first").click()
-    tell(page, run(25), [run(100, complete=True, slots=0.5)])
+    tell(page, run(25), [run(100, complete=True, score=0.5)])
     found = axe.Axe().run(page).response["violations"]
     assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
     assert page.evaluate(TOO_WIDE) == [] and page.evaluate(FASTEST) < 16

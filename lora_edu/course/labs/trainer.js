@@ -10,7 +10,8 @@ export const guessed = (start, end, steps) => Array.from({ length: 21 }, (_, i) 
 
 export default { render({ model, el }) {
   const data = model.get("data"), page = lab(model, el, data.title), record = data.record;
-  const runs = () => model.get("runs"), steps = (state) => (state.like && record ? record.tasks[state.task].steps : data.steps);
+  const known = (state) => state.like && record && state.task in record.tasks;       // a task of the reader's is in no record
+  const runs = () => model.get("runs"), steps = (state) => (known(state) ? record.tasks[state.task].steps : data.steps);
   let playing = false, waiting = null, timer = null;
   page.fit = (next, changes) => ({                           // under 2r alpha follows the rank; a guess is of one task,
     alpha: next.rule === "2r" ? 2 * next.rank : changes.rule === "fixed" ? data.fixed : next.alpha,
@@ -111,7 +112,7 @@ export default { render({ model, el }) {
     for (const name of ["play", "step", "new"]) page.root.querySelector(`[data-name=${name}]`).setAttribute("aria-disabled", Boolean(ended));
     guess.style.visibility = state.hide ? "visible" : "hidden";
     samples.replaceChildren(...(all().length ? all().slice(-2).map(written)
-      : [h("p", { class: "note" }, "What the last two runs write of one card, or go on with, appears here.")]));
+      : [h("p", { class: "note" }, "What the last two runs write after one prompt appears here.")]));
     legend.replaceChildren(...all().map((run) => key(run.name, look(run))), ...(pale(state) ? [key("the record", { color: "var(--rule)", width: 5 })] : []),
       ...(state.hide ? [key("your guess", { color: "var(--c4)", dash: "5 4" })] : []));
     const count = state.rank * data.counts[state.targets], scaling = state.alpha / (state.rule === "rslora" ? Math.sqrt(state.rank) : state.rank);
@@ -119,10 +120,11 @@ export default { render({ model, el }) {
       : problem || `step ${now?.done ?? 0} of ${now?.steps ?? steps(state)}` + (!now ? ": press Play, or Step" : now.diverged ? `: diverged at step ${now.diverged}, the loss is no finite number any more; choose a smaller rate or alpha`
         : now.complete ? ": complete; move a slider, or press New run" : now.done === now.steps ? ": now the exam" : "");
     const miss = state.hide && now?.complete && !now.diverged ? `\nyou guessed ${drawn(state).at(-1)[1].toFixed(2)} at the end, it is ${now.points.at(-1)[1].toFixed(2)}` : "";
-    const unknown = state.like && record && !recorded(record, state) ? `\nthe record has no run of this setting: it has rank ${record.ranks.join(", ")} with alpha 2r or ${data.fixed}, rates ` +
+    const alphas = record?.grid.some((run) => run.rule === "fixed") ? `2r or ${data.fixed}` : "2r";
+    const unknown = known(state) && !recorded(record, state) ? `\nthe record has no run of this setting: it has rank ${record.ranks.join(", ")} with alpha ${alphas}, rates ` +
       `${record.rates.map(short).join(", ")}, on all-linear` : "";
     return `${stage}\n${data.tasks[state.task]}, ${state.targets}, r ${state.rank}, alpha ${short(state.alpha)}, lr ${short(state.lr)}; scaling = alpha / ${state.rule === "rslora" ? "√r" : "r"} = ${scaling.toFixed(2)}; ${number(count)} trainable parameters, ${number(4 * count)} bytes in float32; ` +
-      `${state.like ? data.place.like : data.place.own}${miss}${unknown}` +
+      `${known(state) ? data.place.like : data.place.own}${miss}${unknown}` +
       (now?.skipped ? `\n${now.skipped} steps overflowed in float16 and were skipped` : "") + all().filter((run) => run.done).map((run) => `\n${run.name}: ${result(run)}`).join("");
   };
   const end = page.start();

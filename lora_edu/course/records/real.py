@@ -232,9 +232,8 @@ def recorded_paths(name: str) -> dict:
     grid = [{"task": "restaurants", "rule": "2r", "rank": METHODS[run["method"]], "alpha": 2 * METHODS[run["method"]],
              "lr": run["lr"], "path": run["path"]}
             for method in ("rank 1", "rank 16") for run in record.runs("grid", model=model, method=method)]
-    settings = record["settings"]
-    return {"settings": {"rows": settings["rows"], "tasks": {"restaurants": {"steps": settings["steps"]}}},
-            "ranks": [1, 16], "rates": sorted({run["lr"] for run in grid}),
+    settings, tasks = record["settings"], {"restaurants": {"steps": record["settings"]["steps"]}}
+    return {"settings": {"rows": settings["rows"], "tasks": tasks}, "tasks": tasks, "ranks": [1, 16], "rates": sorted({run["lr"] for run in grid}),
             "before": {"restaurants": record["models"][model]["before"]["valid"]}, "grid": grid}
 
 
