@@ -37,8 +37,8 @@ def run(done=10, complete=False, name="r 8", **more) -> dict:
     points = [[0, 4.15, 3.1], [10, 1.5, 3.6]][:1 + (done >= 10)]
     return {"name": name, "look": 0, "done": done, "steps": 100, "losses": [4.0 - 0.1 * i for i in range(done)],
             "points": points, "sigma": [2.0, 1.0], "watched": "model.layers.2.self_attn.o_proj", "sample": None,
-            "prompt": "name: Clover", "score": None, "judged": "slots right", "asked": 40, "diverged": None, "complete": complete, "skipped": 0,
-            } | more
+            "prompt": "name: Clover", "score": None, "judged": "slots right", "asked": 40, "diverged": None,
+            "complete": complete, "skipped": 0} | more
 
 
 def tell(page, now=None, earlier=(), problem="", ended=False):

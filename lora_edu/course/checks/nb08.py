@@ -59,7 +59,7 @@ def check_right_merge(student) -> Verdict:
         again = dequantize_nf4(**quantize_nf4(stored + update), shape=shape)
         slips = [(published + update, "the adapter learned beside the weights of four bits, and repaired some of what "
                                       "they lost: added to the published ones it repairs what is not broken."),
-                 (again, "stored in four bits again, a good part of a small update is rounded away: keep the sum as it is."),
+                 (again, "stored in four bits again, part of a small update is rounded away: keep the sum as it is."),
                  (stored + lora_B @ lora_A, "the scaling is missing."), (update, "that is the update alone."),
                  (stored, "that is the weight without its update.")]
         return next((text for wrong, text in slips

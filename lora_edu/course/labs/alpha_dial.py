@@ -75,5 +75,6 @@ def in_words(data: dict, at: int) -> str:
     strengths, first = data["strengths"], data["prompts"][0]
     losses = "; ".join(f"{name} {values[at]:.2f}" for name, values in data["losses"].items())
     places = [at] if losses else sorted({0, len(strengths) // 2, int(np.abs(np.array(strengths) - 1).argmin()), at})
-    return "\n".join(f"strength {strengths[i]:.1f}" + (f"; {losses} nats per token" if losses else "")
+    digits = 1 if all(round(each, 1) == each for each in strengths) else 2
+    return "\n".join(f"strength {strengths[i]:.{digits}f}" + (f"; {losses} nats per token" if losses else "")
                      + f": {first['prompt']} {first['texts'][i].strip()}" for i in places)

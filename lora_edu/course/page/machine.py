@@ -51,7 +51,7 @@ class Machine(ShowsTables):
     def tables(self) -> list[Table]:
         by_size = sorted(PRESETS, key=lambda name: PRESETS[name].parameters())
         large, bits = [name for name in by_size if self.fits(name)], 16 if self._narrow() else 32
-        rows = [("device", self.device, "every notebook runs, the longest in two and a half minutes or so" if self.kind == "cpu"
+        rows = [("device", self.device, "every notebook runs, the longest in three minutes or so" if self.kind == "cpu"
                  else "every notebook runs; those with a GPU in their header use it"),
                 ("16 bits", *self._products()),
                 ("memory", "unknown" if self.memory is None else f"{self.memory / 1e9:.1f} GB free",

@@ -22,18 +22,18 @@ def real_copy() -> Path:
 
 @dataclass(frozen=True)
 class RealModel:
-    """A model with its tokenizer; `name` is what the pages call it, `hub` what PEFT would fetch it by, `source` says in
-    a sentence where it is from.
+    """A model with its tokenizer; `name` is what the pages call it, `base` what PEFT would find it by (a name on the
+    hub, or a folder), `source` says in a sentence where it is from.
     """
 
     model: nn.Module
     tokenizer: object
-    hub: str
+    base: str
     source: str
 
     @property
     def name(self) -> str:
-        return Path(self.hub).name
+        return Path(self.base).name
 
 
 def real_model(dtype: torch.dtype = torch.float32) -> RealModel:
@@ -48,13 +48,12 @@ def real_model(dtype: torch.dtype = torch.float32) -> RealModel:
     asked, copy = os.environ.get("LORA_EDU_REAL"), real_copy()
     if asked:
         where = "in the package" if asked == "fable" else f"from {asked}"
-        hub = NAME if Path(asked).name == copy.name else asked
-        return RealModel(*load_pretrained(asked, dtype), hub, f"{where}, as LORA_EDU_REAL says")
+        return RealModel(*load_pretrained(asked, dtype), asked, f"{where}, as LORA_EDU_REAL says")
     try:
         return RealModel(*load_pretrained(NAME, dtype), NAME, f"the published weights, {NAME} on the hub")
     except RuntimeError:                                   # no network
         if copy.is_dir():
-            return RealModel(*load_pretrained(copy, dtype), NAME, "the published weights after four bits, a copy from "
-                             "the package index (python dev.py real)")
+            return RealModel(*load_pretrained(copy, dtype), str(copy), "the published weights after four bits, a copy "
+                             "from the package index (python dev.py real)")
     return RealModel(*load_pretrained("fable", dtype), "fable", "no hub is reached, and python dev.py real has not "
                      "been run: this is the course's own small model, and the cells below show that they run, no more")

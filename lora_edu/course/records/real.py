@@ -138,7 +138,7 @@ class Bench:
         for (name, layer) in lora_layers(model):
             weight = published.get_submodule(name).weight
             weight.data += layer.delta_weight().detach().to(weight)
-        found["into the published weights"] = self.loss(published.to(self.device), self.test)
+        found["into the weights before NF4"] = self.loss(published.to(self.device), self.test)
         remove_lora(model, merge=True)
         found["into the four bits' values"] = self.loss(model, self.test)
         found["and stored in four bits again"] = self.loss(unquantize_(quantize_(model.cpu(), "nf4")).to(self.device),
@@ -233,7 +233,8 @@ def recorded_paths(name: str) -> dict:
              "lr": run["lr"], "path": run["path"]}
             for method in ("rank 1", "rank 16") for run in record.runs("grid", model=model, method=method)]
     settings, tasks = record["settings"], {"restaurants": {"steps": record["settings"]["steps"]}}
-    return {"settings": {"rows": settings["rows"], "tasks": tasks}, "tasks": tasks, "ranks": [1, 16], "rates": sorted({run["lr"] for run in grid}),
+    return {"settings": {"rows": settings["rows"], "tasks": tasks}, "tasks": tasks,
+            "ranks": [1, 16], "rates": sorted({run["lr"] for run in grid}),
             "before": {"restaurants": record["models"][model]["before"]["valid"]}, "grid": grid}
 
 
@@ -248,6 +249,7 @@ class Said(NamedTuple):
     gain: float                 # of full's improvement, that those parts keep
     cut: float                  # full's update cut to rank 16: loss minus trained rank 16's
     forgot: dict[str, float]    # method -> its own text's loss, above the base's
+    english: dict[str, float]   # method -> plain English's loss, above the base's
     size: dict[str, float]      # method -> ||change|| / ||W0||
 
 
@@ -266,4 +268,5 @@ def said_by(model: str, record: Record | None = None) -> Said:
                 (before["test"] - kept["test"][at]) / (before["test"] - first),
                 kept["test"][at] - runs["rank 16"][0]["test"],
                 {method: runs[method].mean("own") - before["own"] for method in METHODS},
+                {method: runs[method].mean("plain") - before["plain"] for method in METHODS},
                 {method: runs[method].mean("change") for method in METHODS})

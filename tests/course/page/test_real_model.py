@@ -26,7 +26,7 @@ def asked(monkeypatch, tmp_path):
 
 def test_without_anything_it_is_fable_and_says_so(asked):
     found = real_model.real_model()
-    assert (found.name, found.hub) == ("fable", "fable") and asked[0] == [NAME, "fable"]
+    assert (found.name, found.base) == ("fable", "fable") and asked[0] == [NAME, "fable"]
     assert "no hub is reached" in found.source and "show that they run, no more" in found.source
 
 
@@ -34,22 +34,22 @@ def test_the_copy_of_the_package_index_is_taken_and_says_that_it_went_through_fo
     real_copy().mkdir(parents=True)
     found = real_model.real_model()
     assert asked[0] == [NAME, str(real_copy())] and "after four bits" in found.source
-    assert (found.name, found.hub) == ("SmolLM2-135M-Instruct", NAME)
+    assert (found.name, found.base) == ("SmolLM2-135M-Instruct", str(real_copy()))
 
 
 def test_the_hub_comes_first(asked):
     real_copy().mkdir(parents=True)
     asked[1].add(NAME)
     found = real_model.real_model()
-    assert asked[0] == [NAME] and found.source == f"the published weights, {NAME} on the hub" and found.hub == NAME
+    assert asked[0] == [NAME] and found.source == f"the published weights, {NAME} on the hub" and found.base == NAME
 
 
-@pytest.mark.parametrize("asks, hub, name", [("fable", "fable", "fable"), ("some/folder/SmolLM2-135M-Instruct", NAME,
-                                             "SmolLM2-135M-Instruct"), ("owner/other", "owner/other", "other")])
-def test_the_variable_names_another(asked, monkeypatch, asks, hub, name):
+@pytest.mark.parametrize("asks, name", [("fable", "fable"), ("some/folder/SmolLM2-135M-Instruct",
+                                                             "SmolLM2-135M-Instruct"), ("owner/other", "other")])
+def test_the_variable_names_another(asked, monkeypatch, asks, name):
     monkeypatch.setenv("LORA_EDU_REAL", asks)
     found = real_model.real_model()
-    assert asked[0] == [asks] and (found.hub, found.name) == (hub, name) and "LORA_EDU_REAL" in found.source
+    assert asked[0] == [asks] and (found.base, found.name) == (asks, name) and "LORA_EDU_REAL" in found.source
 
 
 def test_an_error_of_the_named_one_is_not_hidden(asked, monkeypatch):
