@@ -38,9 +38,8 @@ def base_weight(layer: nn.Module) -> torch.Tensor:
 
 def packed_away(model: nn.Module) -> int:
     """How many numbers its quantised layers stand for and do not hold as parameters, or hold two in one."""
-    return sum(layer.in_features * layer.out_features - sum(p.numel() for p in [layer._parameters.get("weight")] if
-                                                            p is not None)
-               for layer in model.modules() if is_quantized(layer))
+    held = [(layer, layer._parameters.get("weight")) for layer in model.modules() if is_quantized(layer)]
+    return sum(layer.in_features * layer.out_features - (0 if own is None else own.numel()) for layer, own in held)
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """Texts and the way they become batches: read, split so that nothing overlaps, tokenize, cut into windows.
 
 A text is a str whose documents are separated by a line `<|endoftext|>`; tokens are a LongTensor (N,). Read
-`packed_batches` (training) beside `windows` (measuring). Python's own documentation is the corpus that needs no
-download; `shakespeare` and `e2e` fetch theirs once.
+`packed_batches` (training) beside `windows` (measuring). Python's own documentation is there without a download.
 """
 import copy
 import gzip
@@ -37,8 +36,7 @@ def python_docs(split: str = "train") -> str:
     all.
 
     Topics go to "train", "valid" or "test" by a checksum of their name. Long topics repeat short ones word for word, so
-    a
-    paragraph is kept only in the shortest topic that has it: no paragraph is in two splits. The text differs between
+    a paragraph is kept only in the shortest topic that has it: no paragraph is in two splits. The text differs between
     versions of Python.
 
     Raises RuntimeError where Python was installed without it.
