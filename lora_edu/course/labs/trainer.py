@@ -77,16 +77,19 @@ def live_trainer(model: nn.Module | None = None, tokenizer=None, lessons: Sequen
     fable, 1 on another model), and 32 on a GPU, where more steps fit in a tick.
 
     Raises:
-        ValueError: a model without its tokenizer or without a lesson.
+        ValueError: a model without its tokenizer or without a lesson, or two lessons of one name.
     """
     if model is None:
         return _on_fable(steps or 100)
     if tokenizer is None or not lessons:
         raise ValueError("a model of yours needs its tokenizer and at least one lesson: live_trainer(model, tokenizer, "
                          "[lessons.orders()]).")
+    by_name = {lesson.name: lesson for lesson in lessons}
+    if len(by_name) < len(lessons):
+        names = ", ".join(lesson.name for lesson in lessons)
+        raise ValueError(f"two of these lessons have one name ({names}): give one another, from_pairs(file, name=…).")
     device = best_device()
     rows, narrow = 1 if device.type == "cpu" else 32, sixteen_bits(device)
-    by_name = {lesson.name: lesson for lesson in lessons}
 
     @functools.cache
     def plain() -> list:                           # late: the page is there first

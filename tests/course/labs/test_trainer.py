@@ -14,6 +14,7 @@ from lora_edu.course import lessons as lessons_of
 from lora_edu.course.labs import live_run, trainer
 from lora_edu.course.labs.live_run import LiveRun, Plan
 from lora_edu.course.labs.trainer import RATES, Trainer, live_trainer, setting_of
+from lora_edu.course.records.real import recorded_paths
 from lora_edu.course.records.stored import load_record
 from lora_edu.lora.inject import share_weights
 from lora_edu.lora.settings import RULES
@@ -352,6 +353,26 @@ def test_it_teaches_a_readers_model_a_readers_lesson(base, tmp_path):
     now = tr.runs["now"]
     assert now["judged"] == "answers right" and now["asked"] == 4 and now["score"] is not None
     assert now["prompt"] == SUMS.valid[0][0] and "1 row a step" in tr.data["place"]["own"]
+
+
+def test_as_in_the_real_models_record_the_live_run_is_the_recorded_one():
+    """Ten steps on fable against the path that the record's own code took, made on another day; measured there in 16
+    bits.
+    """
+    model, tokenizer = load_pretrained()
+    tr = live_trainer(model, tokenizer, [lessons_of.restaurants()], record=recorded_paths("fable"))
+    cell = next(run for run in tr.data["record"]["grid"] if (run["rank"], run["lr"]) == (16, 0.008))
+    tr.put_to("restaurants", "2r", 16, 32, 0.008)
+    while not tr.run or tr.run.done < 10:
+        tr.work()
+    step, train_loss, valid = cell["path"][0]
+    assert step == 10 and tr.run.steps == 60 and tr.run.losses[9] == pytest.approx(train_loss, abs=0.03)
+    assert tr.run.points[1].heldout == pytest.approx(valid, abs=0.03)
+
+
+def test_two_lessons_of_one_name_are_refused(base):
+    with pytest.raises(ValueError, match=r"two of these lessons have one name \(sums, sums\)"):
+        live_trainer(base, "a tokenizer", [SUMS, SUMS])
 
 
 def test_another_architecture_offers_what_it_has():
