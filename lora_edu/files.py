@@ -214,7 +214,6 @@ def once(file: Path | None, make: Callable[[], object]):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-
 def locate(source: str | Path) -> Path:
     """The file or folder that `source` names; a name on the hub is fetched to the hub client's cache first.
 

@@ -30,15 +30,6 @@ def real(value) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def counted(n: int, what: str) -> str:
-    """Such as "1 row", "1,200 rows".
-
-    >>> counted(1, "row"), counted(1200, "row")
-    ('1 row', '1,200 rows')
-    """
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
 def bytes_in_words(count: float) -> str:
     """A number of bytes in the unit that fits, as makers of cards count: a GB is 10⁹ bytes, where a GiB would be 2³⁰.
 

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_edu.course.pair_files import read_pairs
+from lora_edu.course.pair_files import counted, read_pairs
 from lora_edu.models.bridge import ask, encode, end_token
-from lora_edu.numbers import counted
 from lora_edu.tables import ShowsTables, Table
 from lora_edu.training import bistro
 from lora_edu.training.corpora import completions

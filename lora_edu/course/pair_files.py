@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from lora_edu.numbers import counted
 from lora_edu.training.pairs import Pair
 
 QUESTION = ("prompt", "question", "input", "instruction", "user", "source", "q", "guest")
@@ -165,3 +164,12 @@ def from_text(text: str, name: str) -> list[Pair]:
             pieces.append("")
         pieces[-1] = f"{pieces[-1]}\n\n{paragraph}".strip()
     return [("", piece) for piece in pieces if piece]
+
+
+def counted(n: int, what: str) -> str:
+    """Such as "1 row", "1,200 rows".
+
+    >>> counted(1, "row"), counted(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{n:,} {what}{'' if n == 1 else 's'}"

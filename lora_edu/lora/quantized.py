@@ -1,7 +1,7 @@
 """Linear layers whose weight is stored in few bits, and the two things LoRA wants of them: the weight as numbers, and a
 plain layer to merge into.
 
-`models.quantize.QuantLinear` is known by what it can do, bitsandbytes' Linear4bit and Linear8bitLt by their names, so
+`models.quantize.QuantLinear` is known by its `few_bits`, bitsandbytes' Linear4bit and Linear8bitLt by their names, so
 that this package need import neither.
 """
 import copy
@@ -12,7 +12,7 @@ from torch import nn
 
 def is_quantized(layer: nn.Module) -> bool:
     """Is its weight stored in few bits, and made anew when it is read?"""
-    return callable(getattr(type(layer), "unquantized", None)) or of_bitsandbytes(layer)
+    return getattr(type(layer), "few_bits", False) or of_bitsandbytes(layer)
 
 
 def of_bitsandbytes(layer: nn.Module) -> bool:
@@ -45,8 +45,6 @@ def packed_away(model: nn.Module) -> int:
 @torch.no_grad()
 def plain_layer(layer: nn.Module) -> nn.Linear:
     """A plain frozen layer with the weight that a quantised one computes with: what few bits took stays lost."""
-    if not of_bitsandbytes(layer):
-        return layer.unquantized()
     weight = base_weight(layer)
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=weight.dtype,
                       device=weight.device).requires_grad_(False)

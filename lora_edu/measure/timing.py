@@ -1,9 +1,8 @@
 """How long a forward pass takes: several variants of a model timed side by side.
 
 Times vary from run to run and from machine to machine. So the variants take turns in one process, in a new order each
-round, and what
-is compared is a ratio of two times of the same round: a machine that slows down slows both. Read `interleaved`, then
-`Times.ratio`.
+round, and what is compared is a ratio of two times of the same round: a machine that slows down slows both. Read
+`interleaved`, then `Times.ratio`.
 """
 import contextlib
 import time

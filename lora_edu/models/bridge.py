@@ -3,6 +3,8 @@
 The course's `Llama` is called as model(ids, cache) and gives logits; its tokenizer is a `tokenizers.Tokenizer`. Those
 of transformers have other words for the same things, and this is the only module that knows them.
 """
+from datetime import datetime
+
 import torch
 from torch import nn
 
@@ -54,8 +56,13 @@ def ask(tokenizer, question: str) -> str:
         return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it; a template is a stranger's program
     page = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    page.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     special = {"bos_token": getattr(tokenizer, "bos_token", None), "eos_token": getattr(tokenizer, "eos_token", None)}
     return page.from_string(template).render(messages=said, add_generation_prompt=True, **special)
+
+
+def _refuse(message: str):
+    raise ValueError(f"the model's chat template takes no such chat: {message}")
 
 
 def vocabulary(tokenizer) -> int:

@@ -105,12 +105,14 @@ class QuantLinear(nn.Module):
         kind: "nf4" (blocks of 64, double quantisation; 4.127 bits a number) or "int8" (a scale for each row).
 
     `weight` is made anew whenever it is read, in the dtype that the layer had; it cannot be written, so a merge goes
-    into a plain layer: `unquantized()`.
+    into a plain layer (`lora.quantized.plain_layer`).
 
     >>> layer = QuantLinear(nn.Linear(128, 64), "nf4")
     >>> layer.weight.shape, layer.nbytes          # 4,096 + 128 + 4 + 4 for the weight, 256 for the bias
     (torch.Size([64, 128]), 4488)
     """
+
+    few_bits = True          # `lora.quantized` knows the layer by it
 
     def __init__(self, layer: nn.Linear, kind: str = "nf4"):
         super().__init__()
@@ -133,16 +135,6 @@ class QuantLinear(nn.Module):
             return (self.codes.float() * self.scales).to(self.dtype)
         return dequantize_nf4(self.codes, self.largest, self.scales, self.offset,
                               (self.out_features, self.in_features)).to(self.dtype)
-
-    @torch.no_grad()
-    def unquantized(self) -> nn.Linear:
-        """A plain frozen layer with the weight that this one computes with: what four bits took stays lost."""
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.dtype,
-                          device=self.codes.device).requires_grad_(False)
-        layer.weight.copy_(self.weight)
-        if self.bias is not None:
-            layer.bias.copy_(self.bias)
-        return layer.train(self.training)
 
     @property
     def nbytes(self) -> int:
@@ -191,15 +183,4 @@ def quantize_(model: nn.Module, kind: str = "nf4", keep: Sequence[str] = ()) -> 
     for name, layer in made.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.train(model.get_submodule(name).training))
-    return model
-
-
-def unquantize_(model: nn.Module) -> nn.Module:
-    """Plain frozen layers in place of the quantised ones, with the weights that those compute with; returns the model.
-
-    What four bits took is not given back, but each forward pass is as fast as before, and the memory is spent again.
-    """
-    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer.unquantized())
     return model

@@ -1,7 +1,6 @@
 """Bistro: a small task in the manner of E2E. A card of slots goes in, a sentence or two about a restaurant comes out.
 
-The grammar speaks every slot in several ways, and every way can be read back, so what a model writes is judged slot by
-slot.
+The grammar speaks every slot in several ways, and each can be read back, so what is written is judged slot by slot.
 A card is a dict: always a name, and three to five of the other slots. What is absent must not be said, so a model that
 always says everything is wrong. Read `sentence`, then `slots_said` and `slot_accuracy`.
 
@@ -23,16 +22,11 @@ Card = dict[str, str]
 SPLITS = ("train", "valid", "test")
 NAMES = (
     "The Blue Lantern", "The Golden Pear", "The Silver Swan", "The Red Fox", "The White Rose", "The Black Bear",
-    "The Green Door",
-    "The Old Mill", "The Little Oak", "The Merry Goose", "The Happy Cat", "The Quiet Moon", "The Brave Tailor",
-    "The Wise Raven",
-    "The Lucky Horse", "The Tall Window", "The Iron Gate", "The Stone Tower", "The Glass Ring", "The Seven Birds",
-    "Willow House",
-    "Apple Garden", "Honey Hall", "Winter Palace", "Summer Table", "Deer Park", "Bell Cottage", "Fairy Wood",
-    "Snow Hill",
-    "Hare Spring", "Queen Anna", "King Peter", "Storm Island", "Morning Wind", "Rabbit Well", "Clover", "Feather",
-    "Fiddle",
-    "Robin", "Candle")
+    "The Green Door", "The Old Mill", "The Little Oak", "The Merry Goose", "The Happy Cat", "The Quiet Moon",
+    "The Brave Tailor", "The Wise Raven", "The Lucky Horse", "The Tall Window", "The Iron Gate", "The Stone Tower",
+    "The Glass Ring", "The Seven Birds", "Willow House", "Apple Garden", "Honey Hall", "Winter Palace", "Summer Table",
+    "Deer Park", "Bell Cottage", "Fairy Wood", "Snow Hill", "Hare Spring", "Queen Anna", "King Peter", "Storm Island",
+    "Morning Wind", "Rabbit Well", "Clover", "Feather", "Fiddle", "Robin", "Candle")
 FOODS = ("French", "Indian", "Greek", "Spanish", "Chinese", "Turkish", "Russian", "Dutch")
 # slot -> value -> the ways to say it. The words after the verb say this value and no other (`_said_by` reads them so).
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -174,8 +168,7 @@ class SlotScore:
 
 
 def slot_accuracy(texts: list[str], cards: list[Card]) -> SlotScore:
-    """Judge each text against its card. A slot counts if it is given or said, and is right if it is both, with one
-    value.
+    """Judge each text against its card. A slot counts if it is given or said, and is right if both, with one value.
 
     So a slot left out, a wrong value, and a slot that was not given are one error each (E2E's slot error rate counts
     the same three), and a text about something else scores 0.

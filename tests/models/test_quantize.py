@@ -12,6 +12,7 @@ from torch import nn
 from lora_edu import (LoRALinear, apply_lora, lora_state_dict, merge_lora, remove_lora, save_adapter, load_adapter,
                       unmerge_lora)
 from lora_edu.lora.factors import lora_layers
+from lora_edu.lora.quantized import plain_layer
 from lora_edu.measure.memory import NF4_DOUBLE
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.quantize import (QuantLinear, dequantize_nf4, dynamic_values, nf4_values, quantize_, quantize_int8,
@@ -101,7 +102,7 @@ def test_it_computes_with_the_weight_that_it_shows(kind, dtype):
     again = QuantLinear(nn.Linear(96, 64, dtype=dtype), kind)
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again.weight, layer.weight)
-    back = layer.unquantized()
+    back = plain_layer(layer)
     assert torch.equal(back.weight, layer.weight) and torch.equal(back(x), layer(x)) and type(back) is nn.Linear
 
 
@@ -176,7 +177,7 @@ def test_gradients_reach_the_factors_and_nothing_else_moves(adapted):
     """Oracle: the same LoRA on a plain model whose weights are those that four bits give back."""
     plain = copy.deepcopy(adapted)
     for _, layer in lora_layers(plain):
-        layer.base_layer = layer.base_layer.unquantized()
+        layer.base_layer = plain_layer(layer.base_layer)
     for each in (adapted, plain):
         loss_on(each, (IDS, IDS.roll(-1, 1))).backward()
     ours, theirs = ({name: p.grad for name, p in each.named_parameters() if p.requires_grad}

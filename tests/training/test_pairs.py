@@ -79,3 +79,12 @@ def test_a_batch_is_shifted_by_one_wherever_it_counts(tokenizer):
     inputs, targets = collate(tokenizer, pairs)
     counted = targets[:, :-1] != -100
     assert torch.equal(inputs[:, 1:][counted], targets[:, :-1][counted]) and counted.any(dim=1).all()
+
+
+def test_a_template_may_refuse_a_chat_and_may_ask_for_the_date(tokenizer):
+    """As the templates of Mistral and Llama 3 do."""
+    tokenizer.chat_template = ("{{ strftime_now('%Y') }}{% if messages[0].content == 'x' %}"
+                               "{{ raise_exception('no x') }}{% endif %}")
+    assert ask(tokenizer, "Who?").startswith("20")
+    with pytest.raises(ValueError, match="the model's chat template takes no such chat: no x"):
+        ask(tokenizer, "x")

@@ -21,11 +21,12 @@ from lora_edu.course.records.runs import best_rate, size_of_change, tune
 from lora_edu.course.records.stored import Record, load_record
 from lora_edu.files import once
 from lora_edu.lora.factors import lora_layers
-from lora_edu.lora.inject import apply_lora, unfreeze_matrices
+from lora_edu.lora.inject import apply_lora, replace, unfreeze_matrices
 from lora_edu.lora.merge import remove_lora
+from lora_edu.lora.quantized import plain_layer
 from lora_edu.measure.spectra import Factors, factor, truncate
 from lora_edu.models.pretrained import best_device, load_pretrained
-from lora_edu.models.quantize import QuantLinear, quantize_, unquantize_
+from lora_edu.models.quantize import QuantLinear, quantize_
 from lora_edu.training import corpora
 from lora_edu.training.loop import evaluate, sixteen_bits, train
 
@@ -42,6 +43,13 @@ RATES = {"SmolLM2": {"lora": (2e-3, 4e-3, 8e-3), "full": (1e-4, 2e-4, 4e-4)},
 def plain_text(tokenizer, n: int = 6, length: int = 128) -> list:
     """Windows of plain English, to see what is forgotten: Python's reference, held back part."""
     return corpora.windows(corpora.tokenize(tokenizer, corpora.python_docs("valid")), length, 2)[:n // 2]
+
+
+def unquantize_(model: nn.Module) -> nn.Module:
+    """Plain frozen layers with the values of few bits, in place: the same numbers, and each pass as fast as before."""
+    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
+        replace(model, name, plain_layer(layer))
+    return model
 
 
 class Bench:
