@@ -66,3 +66,11 @@ def test_every_folder_with_modules_is_a_package():
 def test_the_command_is_installed_with_it(elsewhere):
     (line,) = python(elsewhere, str(elsewhere[0] / "bin" / "lora-edu"), "--version")
     assert line == "lora-edu 0.1.0"
+
+
+def test_every_file_of_the_package_is_in_the_wheel(wheel):
+    """Weights, records, pages, the file of orders: whatever lies in `lora_edu/` and was not made by a run."""
+    held = set(zipfile.ZipFile(wheel).namelist())
+    here = {str(path.relative_to(ROOT)) for path in (ROOT / "lora_edu").rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts}
+    assert here - held == set()
