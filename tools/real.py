@@ -89,8 +89,8 @@ WEIGHTS = {
         "Apache-2.0",
         {"sre-embedding-model": {f"sre_embedding_model/model_weights/{name}": name for name in (
             "model.safetensors", "config.json", "tokenizer.json")}},
-        as_they_are, "A full fine-tune of all-MiniLM-L6-v2; its card says one epoch, batch 16, learning rate 5e-5, 1,808 "
-        "pairs."),
+        as_they_are, "A full fine-tune of all-MiniLM-L6-v2; its card says one epoch, batch 16, learning rate 5e-5, "
+        "1,808 pairs."),
     "rxnfp": Weights(
         "rxnfp==0.1.0", "c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf", 75, "MIT",
         {f"rxnfp-{name}": {f"rxnfp/models/transformers/{name}/{file}": file for file in (
@@ -159,7 +159,7 @@ def put(whole: Path, folder: Path) -> None:
 
 def main(*names: str) -> int:
     parser = argparse.ArgumentParser(prog="python dev.py real")
-    parser.add_argument("names", nargs="*", choices=[*WEIGHTS, []], help=f"of {', '.join(WEIGHTS)}; smollm2 if none")
+    parser.add_argument("names", nargs="*", choices=[*WEIGHTS, []], metavar="NAME", help=f"of {', '.join(WEIGHTS)}; smollm2 if none")
     for name in parser.parse_args(names).names or ["smollm2"]:
         weights = WEIGHTS[name]
         if not all((real_copy(folder) / "SOURCE.md").is_file() for folder in weights.folders):
