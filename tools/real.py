@@ -159,7 +159,8 @@ def put(whole: Path, folder: Path) -> None:
 
 def main(*names: str) -> int:
     parser = argparse.ArgumentParser(prog="python dev.py real")
-    parser.add_argument("names", nargs="*", choices=[*WEIGHTS, []], metavar="NAME", help=f"of {', '.join(WEIGHTS)}; smollm2 if none")
+    parser.add_argument("names", nargs="*", choices=[*WEIGHTS, []], metavar="NAME",
+                        help=f"of {', '.join(WEIGHTS)}; smollm2 if none")
     for name in parser.parse_args(names).names or ["smollm2"]:
         weights = WEIGHTS[name]
         if not all((real_copy(folder) / "SOURCE.md").is_file() for folder in weights.folders):

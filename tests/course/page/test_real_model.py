@@ -20,6 +20,7 @@ def asked(monkeypatch, tmp_path):
         return load_pretrained("fable", dtype)
     monkeypatch.setattr(real_model, "load_pretrained", load)
     monkeypatch.delenv("LORA_EDU_REAL", raising=False)
+    monkeypatch.delenv("LORA_EDU_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return names, there
 
