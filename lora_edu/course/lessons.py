@@ -72,9 +72,16 @@ class Lesson(ShowsTables):
 
     def heldout(self, tokenizer, split: str = "valid", n: int | None = None, rows: int = 8,
                 longest: int = LONGEST) -> list[Batch]:
-        """Batches to measure a loss on: the first `n` pairs of "valid" or "test", without those that do not fit."""
+        """Batches to measure a loss on: the first `n` pairs of "valid" or "test", without those that do not fit.
+
+        Raises:
+            ValueError: none fits.
+        """
         found = [row(tokenizer, pair, longest)[:2] for pair in getattr(self, split)[:n]]
         found = [(ids, before) for ids, before in found if before < len(ids)]
+        if not found:
+            raise ValueError(f"no {split} answer fits into {longest} tokens behind its question: give a larger "
+                             "longest=.")
         return [pad(found[i:i + rows], end_token(tokenizer)) for i in range(0, len(found), rows)]
 
     def lengths(self, tokenizer, longest: int = LONGEST) -> str:

@@ -188,6 +188,8 @@ def test_what_does_not_fit_is_counted_and_left_out():
         len(q) < 100 for q, _ in lesson.valid)
     with pytest.raises(ValueError, match="no answer fits into 5 tokens behind its question"):
         next(lesson.batches(tokenizer, 1, longest=5))
+    with pytest.raises(ValueError, match="no valid answer fits into 5 tokens behind its question"):
+        lesson.heldout(tokenizer, longest=5)
 
 
 def test_the_restaurants_are_the_bistros():

@@ -20,7 +20,9 @@ from lora_edu.course.labs.lab import Lab, ranks_up_to
 from lora_edu.course.labs.live_run import LiveRun, Plan, waiting_interrupt
 from lora_edu.course.lessons import Lesson
 from lora_edu.course.records.rank import ROWS
+from lora_edu.course.records.real import plain_text
 from lora_edu.course.records.stored import load_record
+from lora_edu.course.tasks import TASKS, Task
 from lora_edu.lora.adapter_file import save_adapter
 from lora_edu.lora.inject import choose_layers
 from lora_edu.lora.layer import features
@@ -29,9 +31,8 @@ from lora_edu.lora.targets import PLACEMENTS
 from lora_edu.models.bridge import ask
 from lora_edu.models.pretrained import best_device, load_pretrained
 from lora_edu.training import bistro
-from lora_edu.training.corpora import python_docs, tales_from, tokenize, windows
+from lora_edu.training.corpora import tales_from
 from lora_edu.training.loop import sixteen_bits
-from lora_edu.course.tasks import TASKS, Task
 
 RATES = [5e-4 * 2**i for i in range(9)]     # 0.0005 to 0.128
 FINER = [rate / 8 for rate in RATES] + [0.032]      # larger models want smaller ones
@@ -91,9 +92,7 @@ def live_trainer(model: nn.Module | None = None, tokenizer=None, lessons: Sequen
     device = best_device()
     rows, narrow = 1 if device.type == "cpu" else 32, sixteen_bits(device)
 
-    @functools.cache
-    def plain() -> list:                           # late: the page is there first
-        return windows(tokenize(tokenizer, python_docs("valid")), 64, 2)[:2]
+    plain = functools.cache(lambda: plain_text(tokenizer, n=4, length=64))      # late: the page is there first
 
     def plan(name: str, like: bool) -> Plan:
         its = by_name[name]
