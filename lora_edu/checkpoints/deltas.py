@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from lora_edu.checkpoints.kinds import BARE, CARRIED, CONV1D, CONVOLUTION, LOOSE, kind_of, stores_conv1d
-from lora_edu.checkpoints.reading import Side, open_side
-from lora_edu.lora.misfit import matching_prefix
+from lora_edu.checkpoints.reading import Side, as_named_by, open_side
 from lora_edu.lora.targets import ends_in, shorten
 from lora_edu.tables import ShowsTables, Table
 
@@ -123,7 +122,10 @@ class Deltas:
     """
 
     def __init__(self, base: nn.Module | str | Path, tuned: nn.Module | str | Path, kinds: Mapping[str, str]):
-        self.base, self.tuned, self.kinds = open_side(base), open_side(tuned), kinds
+        self.base, self.kinds = open_side(base), kinds
+        self.tuned, done = as_named_by(open_side(tuned), self.base)
+        if done:
+            warnings.warn(f"{done}.", stacklevel=3)
         self.matrices: dict[str, str] = {}
         self.measured: dict[str, Measured] = {}
         self.warned = False
@@ -131,11 +133,9 @@ class Deltas:
         self.without_difference: dict[str, str] = {}
         if not set(self.base.names) & set(self.tuned.names):
             first = [next(iter(side.names), "nothing at all") for side in (self.base, self.tuned)]
-            prefix = matching_prefix(self.tuned.names, self.base.names)
             raise ValueError(f"the two models have no tensor name in common: {self.base.source} begins with "
-                             f"{first[0]}, {self.tuned.source} with {first[1]}. "
-                             + (prefix.replace("names", "tuned side's names") or "Give a model and its own fine-tune, "
-                                "saved in the same form."))
+                             f"{first[0]}, {self.tuned.source} with {first[1]}. Give a model and its own fine-tune, "
+                             "saved in the same form.")
         self.sort_tensors()
 
     def sort_tensors(self) -> None:
@@ -216,9 +216,13 @@ class Deltas:
         return taken + [Other(name, reason, self.same(name)) for name, reason in self.without_difference.items()]
 
     def same(self, name: str) -> float | None:
-        """0.0 for numbers that are not floating and are the same on both sides, such as a mask: nothing changed."""
-        there = all(name in side.shapes and name not in side.tied for side in (self.base, self.tuned))
-        if not there or self.base.shapes[name] != self.tuned.shapes[name]:
+        """0.0 for numbers that are not floating and are the same on both sides, such as a mask, and for the positions
+        that some versions of transformers stored: nothing changed.
+        """
+        sides = [side for side in (self.base, self.tuned) if name in side.shapes and name not in side.tied]
+        if name.endswith("position_ids") and len(sides) == 1:
+            return 0.0
+        if len(sides) < 2 or self.base.shapes[name] != self.tuned.shapes[name]:
             return None
         one, other = self.base.get(name), self.tuned.get(name)
         return 0.0 if one.dtype == other.dtype and torch.equal(one.to(other.device), other) else None
@@ -246,7 +250,8 @@ def deltas(base: nn.Module | str | Path, tuned: nn.Module | str | Path, kinds: M
     Args:
         base, tuned: models, folders, .safetensors files, pickled .bin or .pt files of plain tensors, or names on the
             hub such as "HuggingFaceTB/SmolLM2-135M" (fetched to the hub client's cache). The two may be of different
-            sorts.
+            sorts, and a prefix that only one side's names have ("bert.") is matched, with a warning that says so; what
+            is yielded has the base's names.
         kinds: what bare files do not tell: ending of a module's name -> "conv1d", "conv2d" or "conv3d" for the kernel
             of a plain convolution (no groups, dilation or padding of its own, not transposed).
 

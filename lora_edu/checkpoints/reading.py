@@ -2,8 +2,10 @@
 
 `open_side` takes a model in memory, a folder, a file or a name on the hub and gives one of two readers, which answer
 alike: `names`, `shapes`, `get(name)`, `dtype(name)`, `tied` (second name -> first name), `layer(name)`, the module that
-holds a tensor, if known, `module_names`, and `files`, where it was read from.
+holds a tensor, if known, `module_names`, and `files`, where it was read from. `Renamed` is such a reader under the
+other side's names.
 """
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -76,7 +78,46 @@ class TensorsInFiles:
         return None
 
 
-Side = TensorsInMemory | TensorsInFiles
+class Renamed:
+    """A side under the names of another: `own` says what it calls them itself."""
+
+    def __init__(self, side: "TensorsInMemory | TensorsInFiles", own: Mapping[str, str]):
+        self.side, self.own, self.names, self.source, self.files = side, own, list(own), side.source, side.files
+        self.shapes = {name: side.shapes[old] for name, old in own.items()}
+        new = {old: name for name, old in own.items()}
+        self.tied = {new[second]: new[first] for second, first in side.tied.items()}
+        self.module_names = parents(self.names)
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.side.get(self.own[name])
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        return self.side.dtype(self.own[name])
+
+    def layer(self, name: str) -> nn.Module | None:
+        return self.side.layer(self.own.get(name, name))
+
+
+Side = TensorsInMemory | TensorsInFiles | Renamed
+
+
+def as_named_by(side: Side, other: Side) -> tuple[Side, str]:
+    """The side under the other's names, where one of them calls everything by a prefix that the other leaves out (a
+    BERT with a head says "bert.encoder…", without one "encoder…"), and what was done, in words; else as it is, and "".
+    """
+    for longer, shorter, done in ((other, side, "put before"), (side, other, "taken from the front of")):
+        shapes = shorter.shapes
+        fit = Counter(name[:at] for name, shape in longer.shapes.items()
+                      for at in [0, *(i + 1 for i, sign in enumerate(name) if sign == ".")]
+                      if shapes.get(name[at:]) == shape)
+        prefix = max(fit, key=lambda prefix: (fit[prefix], not prefix), default="")
+        if prefix:
+            pairs = {prefix + name: name for name in shorter.names if prefix + name in longer.shapes}
+            turned = pairs if side is longer else {name: long for long, name in pairs.items()}
+            new = {old: name for old, name in turned.items() if name not in side.shapes}
+            return Renamed(side, {new.get(name, name): name for name in side.names}), (
+                f"{prefix!r} is {done} {len(new)} names of {side.source}, so that they are those of {other.source}")
+    return side, ""
 
 
 def open_side(source: nn.Module | str | Path) -> Side:

@@ -183,7 +183,7 @@ def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str
 
     Raises:
         ValueError: a rest that is neither, a rank that is no whole number from 0, a tensor of that side that has
-            another shape than the model's (a vocabulary that grew).
+            another shape than the model's (a vocabulary that grew), a matrix that the model has not.
 
     Source: Eckart and Young (1936).
 
@@ -206,6 +206,9 @@ def truncate(model: nn.Module, deltas: Deltas | Factors, rank: int, *, rest: str
         other = "base" if rest == "tuned" else "tuned"
         raise ValueError(f"{grown[0]} is {side.shapes[grown[0]]} on the {rest} side and of another shape in the model "
                          f"that was given: give the {rest} model, or choose rest={other!r}.")
+    if lost := factors.parts.keys() - {name for place in cut.state_dict() for name in (place, place[:-len(".weight")])}:
+        raise ValueError(f"the model has no {min(lost)}, which the update changes: give the base, or a model with its "
+                         "names.")
     with torch.no_grad():
         for name, place in cut.state_dict(keep_vars=True).items():
             # a matrix that is no layer's weight (an LSTM's) keeps its whole name

@@ -249,13 +249,68 @@ def test_models_and_files_are_left_as_they_are(tmp_path):
     assert all(torch.equal(t, before[1][name]) for name, t in base.state_dict().items())
 
 
-def test_a_prefix_that_would_make_them_match_is_named():
-    base = nn.Sequential(nn.Linear(3, 2))
-    tuned = nn.ModuleDict({"module": nn.Sequential(nn.Linear(3, 2))})
-    with pytest.raises(ValueError, match="With 'module.' taken from the front of the tuned side's names"):
-        deltas(base, tuned)
-    with pytest.raises(ValueError, match="With 'module.' put to the front of the tuned side's names"):
-        deltas(tuned, base)
+def headed(body: nn.Module, head: int | None = None) -> nn.Module:
+    """The body under the name "bert", as transformers calls it where there is a head."""
+    return nn.ModuleDict({"bert": body} | ({"classifier": nn.Linear(4, head)} if head else {}))
+
+
+@pytest.mark.parametrize("sort", ["model", "file", "pickled"])
+def test_a_prefix_on_one_side_is_matched_and_said(sort, tmp_path):
+    """Oracle: the same pair without a prefix. Both ways round; a head stays what it is, on one side only."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    tuned = perturbed(base)
+    want = {name: delta for name, _, delta in deltas(base, tuned)}
+
+    def given(model, name):
+        if sort == "model":
+            return model
+        file = tmp_path / f"{name}.{'safetensors' if sort == 'file' else 'bin'}"
+        return saved(model, file) if sort == "file" else torch.save(model.state_dict(), file) or file
+    with pytest.warns(UserWarning, match="'bert.' is taken from the front of 6 names"):
+        pair = deltas(given(base, "a"), given(headed(tuned, head=2), "b"))
+    found = {name: delta for name, _, delta in pair}
+    assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
+    assert {other.name: other.kind for other in pair.others if "classifier" in other.name} == dict.fromkeys(
+        ("classifier.weight", "classifier.bias"), "only in the tuned model")
+    with pytest.warns(UserWarning, match="'bert.' is put before 6 names"):
+        pair = deltas(given(headed(base, head=3), "c"), given(tuned, "d"))
+    assert {name.removeprefix("bert."): delta for name, _, delta in pair}.keys() == want.keys()
+    assert pair.report().matrices == 2 and all(name.startswith(("bert.", "classifier.")) for name in pair.base.names)
+
+
+def test_names_that_fit_as_they_are_are_left_alone():
+    """Without a word, also where a part of one side fits under a prefix: fits are counted, by name and shape."""
+    base = nn.ModuleDict({"0": nn.Linear(3, 3), "block": nn.ModuleDict({"0": nn.Linear(3, 3), "1": nn.Linear(3, 3)})})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [name for name, _, _ in deltas(base, perturbed(base))] == ["0", "block.0", "block.1"]
+        other = nn.ModuleDict({"block": nn.ModuleDict({"bert": nn.Linear(5, 5)}), "bert": nn.Linear(3, 3)})
+        assert [name for name, _, _ in deltas(other, perturbed(nn.ModuleDict({"bert": other["bert"]})))] == ["bert"]
+
+
+def test_a_tie_is_kept_under_the_other_sides_names():
+    base = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    tuned = copy.deepcopy(base)
+    base["b"].weight = base["a"].weight
+    tuned["b"].weight = tuned["a"].weight
+    with pytest.warns(UserWarning, match="'bert.' is put before"):
+        pair = deltas(headed(base), tuned)
+    assert list(pair.matrices) == ["bert.a.weight"]
+    assert pair.without_difference == {"bert.b.weight": "tied to bert.a.weight"}
+
+
+def test_stored_positions_are_no_weights(tmp_path):
+    """Versions of transformers differ in storing 0, 1, 2, …: that is no tensor that could not be compared."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    held = {"0.weight": model[0].weight.detach(), "embeddings.position_ids": torch.arange(5)[None]}
+    save_file(held, tmp_path / "a.safetensors")
+    save_file({"0.weight": held["0.weight"] + 1}, tmp_path / "b.safetensors")
+    for sides in (("a", "b"), ("b", "a")):
+        report = deltas(*(tmp_path / f"{side}.safetensors" for side in sides)).report()
+        assert not report.not_compared and report.others_share == 0
+    save_file({"0.weight": held["0.weight"], "q.qweight": torch.arange(5)[None]}, tmp_path / "c.safetensors")
+    assert deltas(tmp_path / "c.safetensors", tmp_path / "b.safetensors").report().not_compared
 
 
 def test_an_adapter_is_no_side(tmp_path):

@@ -242,3 +242,10 @@ def test_a_vocabulary_that_grew_is_said_and_changes_nothing():
         truncate(base, pair, np.int64(1), rest="tuned")
     assert truncate(base, pair, np.int64(1), rest="base")["wte"].weight.shape == (9, 4)
     assert truncate(tuned, pair, 1, rest="tuned")["wte"].weight.shape == (11, 4)
+
+
+def test_a_model_that_lacks_a_matrix_of_the_update_is_refused():
+    """Else it would come back uncut, and nobody would know."""
+    base, tuned = (nn.ModuleDict({"bert": nn.Linear(3, 3)}) for _ in range(2))
+    with pytest.raises(ValueError, match="the model has no bert, which the update changes: give the base"):
+        truncate(nn.ModuleDict({"body": nn.Linear(3, 3)}), deltas(base, tuned), 1, rest="base")
