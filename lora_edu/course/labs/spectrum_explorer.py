@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lora_edu.course.figures.spectra import plot_spectra, rising_ranks
 from lora_edu.course.labs.lab import Lab
+from lora_edu.course.records.stored import rounded
 from lora_edu.measure.spectra import Spectrum, gaussian_like, spectrum
 
 
@@ -47,7 +48,7 @@ def spectrum_explorer(factors: dict, ranks, losses: dict, measured_on: dict, slo
                | ({"slots": [float(value) for value in slots[what]]} if what in slots else {})
                for what, parts in factors.items()}
     data = {"title": "spectra of two updates", "ranks": ranks, "layers": layers, "matrices": matrices, "shapes": shapes,
-            "updates": updates, "noise": {"×".join(map(str, shape)): _rounded(_noise_values(tuple(shape)))
+            "updates": updates, "noise": {"×".join(map(str, shape)): rounded(_noise_values(tuple(shape)))
                                           for shape in shapes.values()}}
     names = list(factors)
     state = {"left": names[0], "right": next((name for name in names if name.startswith("random")), names[-1]),
@@ -61,14 +62,9 @@ def _of_an_update(parts: dict, places: dict, ranks: list) -> dict:
     for (layer, matrix), name in places.items():
         U, S, Vh = parts[name]
         found = Spectrum(S.detach().cpu(), (len(U), Vh.shape[1]))
-        spectra[f"{layer} {matrix}"] = _rounded(found.values.double().numpy())
+        spectra[f"{layer} {matrix}"] = rounded(found.values.double().numpy())
         above[f"{layer} {matrix}"] = int(found.above_edge())
     return {"spectra": spectra, "above": above, "energies": _energy_of_all(parts, ranks)}
-
-
-def _rounded(values) -> list[float]:
-    """Four digits are more than a picture shows, and half of the bytes."""
-    return [float(f"{value:.4g}") for value in values]
 
 
 def in_words(data: dict, state: dict) -> str:

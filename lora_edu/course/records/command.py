@@ -13,7 +13,9 @@ FOLDER]
     planted_rank      students of teachers whose rank is known
     methods           seven methods on restaurants, equal budgets
     latency           what each of them costs in time when it is used
+    published_transformers  three published fine-tunes, nothing trained (after `python dev.py real minilm sre rxnfp`)
     real_model        LoRA and full fine-tuning of SmolLM2-135M-Instruct beside fable (after `python dev.py real`)
+    from_scratch      the updates of both, beside each other (after real_model)
 
 A record is small JSON beside this file, with its settings, seeds, device, versions and date; notebooks show it and
 re-measure a slice. Rules (the same for every method): the learning rate is chosen on the validation split, from a grid
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from lora_edu.course.records import comparisons, merging, rank, real, spectra
+from lora_edu.course.records import comparisons, from_scratch, merging, published, rank, real, spectra
 from lora_edu.course.records.stored import store_record
 
 # name -> how to make it from the command's options
@@ -43,9 +45,11 @@ EXPERIMENTS = {
     "planted_rank": lambda options: rank.planted_rank(),
     "methods": lambda options: merging.methods(options.tales, scratch=options.scratch),
     "latency": lambda options: merging.latency(),
+    "published_transformers": lambda options: published.published_transformers(),
     "real_model": lambda options: real.real_model(scratch=options.scratch),
+    "from_scratch": lambda options: from_scratch.from_scratch(),
 }
-IN_FLOAT32 = ("planted_rank", "latency")      # whatever the hardware would do faster
+IN_FLOAT32 = ("planted_rank", "latency", "published_transformers")      # whatever the hardware would do faster
 
 
 def main() -> None:

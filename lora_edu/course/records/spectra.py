@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_edu.checkpoints.deltas import ChangeReport, deltas
 from lora_edu.course.records.runs import SEEDS, tales_to_forget
-from lora_edu.course.records.stored import load_record
+from lora_edu.course.records.stored import load_record, rounded
 from lora_edu.files import checksum
 from lora_edu.measure.spectra import Factors, Spectrum, factor, spectrum, truncate
 from lora_edu.models.pretrained import load_pretrained
@@ -26,11 +26,6 @@ WHAT = (("bistro", None, "matrices"), ("bistro", "random_targets", "matrices"), 
         ("python_docs", None, "matrices"), ("python_docs", "random_targets", "matrices"))
 
 
-def _rounded(values, digits: int = 4) -> list[float]:
-    """Numbers to this many significant digits."""
-    return [float(f"{float(value):.{digits}g}") for value in values]
-
-
 def _matrices_of(factors: Factors) -> dict[str, dict]:
     """Each matrix: size of its change against W₀, rank for 90 % of its energy, effective and stable rank, values
     above the noise.
@@ -38,9 +33,9 @@ def _matrices_of(factors: Factors) -> dict[str, dict]:
     found = {}
     for name, (weight, U, S, Vh) in factors.parts.items():
         its = Spectrum(S, tuple(weight.shape))
-        found[name] = {"change": _rounded([S.norm() / weight.norm()])[0], "rank 90": int(its.rank_for(0.9)),
-                       "effective rank": _rounded([its.effective_rank()])[0],
-                       "stable rank": _rounded([its.stable_rank()])[0],
+        found[name] = {"change": rounded([S.norm() / weight.norm()])[0], "rank 90": int(its.rank_for(0.9)),
+                       "effective rank": rounded([its.effective_rank()])[0],
+                       "stable rank": rounded([its.stable_rank()])[0],
                        "above edge": int(its.above_edge())}
     return found
 
@@ -64,7 +59,7 @@ def shares(report: ChangeReport) -> dict[str, float]:
     def of(kind):
         return sum(other.squared for other in report.others if other.kind == kind)
 
-    return dict(zip(("matrices", "embedding", "norms"), _rounded([report.squared, of("embedding"), of("norm")])))
+    return dict(zip(("matrices", "embedding", "norms"), rounded([report.squared, of("embedding"), of("norm")])))
 
 
 def one(task: Task, null: str | None, trains: str, seed: int, steps: int, lr: float, tales: dict) -> dict:
@@ -76,13 +71,13 @@ def one(task: Task, null: str | None, trains: str, seed: int, steps: int, lr: fl
     ranks, rests = RANKS if real else (0, 8, 256), ("base",) if trains == "matrices" else ("base", "tuned")
     slots = task.name == "bistro" and trains == "matrices" and null in (None, "mismatched")
     found = {"task": task.name, "null": null, "trains": trains, "seed": seed, "steps": steps, "lr": lr,
-             "energy": _rounded(factors.energy_kept(rank) for rank in RANKS),
+             "energy": rounded(factors.energy_kept(rank) for rank in RANKS),
              "matrices": _matrices_of(factors),
              "cut": [_scores(base, factors, task, tales, ranks, rest, slots) for rest in rests]}
     if trains == "everything":
         found["squared change"] = shares(factors.deltas.report())
     if seed == SEEDS[0]:
-        found["sigma"] = {name: _rounded(S) for name, (_, _, S, _) in factors.parts.items() if name.startswith(SHOWN)}
+        found["sigma"] = {name: rounded(S) for name, (_, _, S, _) in factors.parts.items() if name.startswith(SHOWN)}
     print(f"{task.name} {null or trains} seed {seed}: energy at 8 {found['energy'][RANKS.index(8)]:.3f}, test "
           f"{found['cut'][0]['test']}", flush=True)
     return found
@@ -97,7 +92,7 @@ def _slices(tasks: dict[str, Task], rates: dict[str, float], steps: int, what) -
             loss = [round(evaluate(truncate(base, factors, rank, rest="base"), tasks[name].valid[:2]), 4)
                     for rank in (0, 8, 256)]
             found.append({"task": name, "null": null, "seed": SEEDS[0], "steps": steps, "lr": rates[name],
-                          "energy": _rounded(factors.energy_kept(rank) for rank in RANKS), "ranks": [0, 8, 256],
+                          "energy": rounded(factors.energy_kept(rank) for rank in RANKS), "ranks": [0, 8, 256],
                           "valid": loss})
             print("slice", name, null, found[-1]["energy"][RANKS.index(8)], loss, flush=True)
     return found
@@ -133,10 +128,10 @@ def published_pair(pair: str | None) -> dict:
     for file in files[1:]:
         changes = deltas(files[0], file)
         found[file.stem] = {"matrices": {name: {"shape": list(weight.shape),
-                                                "change": _rounded([delta.norm() / weight.norm()])[0],
-                                                "sigma": _rounded(spectrum(delta).values)} for name, weight,
+                                                "change": rounded([delta.norm() / weight.norm()])[0],
+                                                "sigma": rounded(spectrum(delta).values)} for name, weight,
                                          delta in changes},
-                            "others": [[o.name, o.kind, _rounded([o.squared])[0] if o.squared else o.squared]
+                            "others": [[o.name, o.kind, rounded([o.squared])[0] if o.squared else o.squared]
                                        for o in changes.others]}
     return {"source": {"repository": "minimaxir/textgenrnn", "commit": "ee8b9e806d109c25566581f358a4a72b6f03929a",
                        "licence": "MIT", "sha256": checksums,

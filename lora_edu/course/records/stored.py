@@ -187,6 +187,15 @@ def better(differences: list[float], margin: float = 0.02) -> bool | None:
     return False if tie(differences, margin) or min(differences) > 0 else None
 
 
+def rounded(values, digits: int = 4) -> list[float]:
+    """Numbers to this many significant digits.
+
+    >>> rounded([1234567, 0.00012345])
+    [1235000.0, 0.0001234]
+    """
+    return [float(f"{float(value):.{digits}g}") for value in values]
+
+
 def hardware(device: torch.device) -> str:
     """What a record was made on: a GPU by its name and capability ("Tesla T4 (compute capability 7.5)"), for "cuda"
     says nothing about what it can; else the device and the machine.

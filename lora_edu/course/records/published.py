@@ -1,0 +1,168 @@
+"""The record of published transformers in notebook 03: their fine-tunes' spectra, and what a cut costs.
+
+    python dev.py real minilm sre rxnfp && python -m lora_edu.record published_transformers
+
+Nothing is trained. Singular values are stored at `AT`, all the first sixteen and ever fewer after them.
+"""
+import re
+
+import torch
+
+from lora_edu.checkpoints.deltas import ChangeReport, Deltas
+from lora_edu.course.page.real_model import real_copy
+from lora_edu.course.published import CLASSES, COMMAND, FINGERPRINTS, PAIRS, SRE, Judge, are_there, changes
+from lora_edu.course.records.stored import rounded
+from lora_edu.files import checksum
+from lora_edu.measure.spectra import Factors, Spectrum, factor, gaussian_like, sign_flipped, spectrum
+
+RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+# places (from 1) of the singular values that are stored
+AT = (*range(1, 17), *range(20, 33, 4), *range(40, 65, 8), *range(80, 129, 16), *range(160, 1025, 32))
+SHARED = 8            # directions of two fine-tunes that are compared
+
+
+def stored_places(k: int) -> list[int]:
+    """Which of k singular values a record holds, counted from 1; the last is one of them.
+
+    >>> stored_places(20)[-3:]
+    [15, 16, 20]
+    """
+    return [place for place in AT if place < k] + [k]
+
+
+def at_places(values: torch.Tensor) -> list[float]:
+    return rounded(values[place - 1] for place in stored_places(len(values)))
+
+
+def whole_spectrum(stored: list[float], k: int) -> torch.Tensor:
+    """All k singular values from those that are stored: between two of them on a straight line of the logarithms.
+
+    >>> whole_spectrum([4.0] * 16 + [2.0], 20)[-4:].round(decimals=2).tolist()
+    [3.36, 2.83, 2.38, 2.0]
+    """
+    places = torch.tensor(stored_places(k), dtype=torch.float64)
+    logs = torch.tensor(stored, dtype=torch.float64).clamp_min(1e-30).log()
+    want = torch.arange(1, k + 1, dtype=torch.float64)
+    right = torch.searchsorted(places, want).clamp(1, len(places) - 1)
+    left = right - 1
+    share = (want - places[left]) / (places[right] - places[left])
+    return (logs[left] + share * (logs[right] - logs[left])).exp()
+
+
+def source(folder: str) -> dict:
+    """Package, version, checksums and licence, as `python dev.py real` wrote them down."""
+    text = " ".join((real_copy(folder) / "SOURCE.md").read_text(encoding="utf-8").split())
+    said = re.search(r"the package (\S+) \(sha256 of its wheel (\w+)\), licence (\S+): ([^,]+)", text)
+    return {"package": said[1], "sha256 of the wheel": said[2], "licence": said[3], "file in it": said[4],
+            "sha256 of model.safetensors": checksum(real_copy(folder) / "model.safetensors")}
+
+
+def of_a_matrix(weight: torch.Tensor, values: torch.Tensor, delta: torch.Tensor) -> dict:
+    """Of one changed matrix: size and spectrum of the change, energy at each rank, and that of the same entries with
+    new signs.
+    """
+    its, flipped = Spectrum(values, tuple(delta.shape)), spectrum(sign_flipped(delta))
+    return {"shape": list(delta.shape), "change": rounded([delta.norm() / weight.norm()])[0],
+            "rank 90": int(its.rank_for(0.9)), "energy": rounded(its.energy_kept()[list(RANKS[1:])]),
+            "signs flipped": rounded(flipped.energy_kept()[list(RANKS[1:])]), "sigma": at_places(its.values)}
+
+
+def outside(report: ChangeReport) -> dict:
+    """Squared change by kind, and of how many tensors; None where no difference can be taken."""
+    kinds: dict[str, list] = {"matrices": [report.matrices, rounded([report.squared])[0]]}
+    for other in report.others:
+        count, squared = kinds.get(other.kind, [0, 0.0])
+        kinds[other.kind] = [count + 1, None if other.squared is None else rounded([squared + other.squared])[0]]
+    return kinds
+
+
+def embedding_rows(pair: Deltas) -> dict:
+    """How each token's row moved. Weight decay alone shrinks every row by one factor, whether its token was seen or
+    not; what learned has left that line.
+    """
+    name = next(name for name in pair.base.names if name.endswith("word_embeddings.weight"))
+    before, after = (side.get(name).double() for side in (pair.base, pair.tuned))
+    moved = after - before
+    shrunk = -(moved * before).sum(1) / before.square().sum(1)
+    rest = (moved + shrunk[:, None] * before).norm(dim=1) / before.norm(dim=1)
+    still = rest < 1e-4                     # rounding of float32 over the steps leaves about 1e-5
+    return {"rows": len(before), "moved": int((moved != 0).any(1).sum()), "only shrunk": int(still.sum()),
+            "shrunk by": rounded(shrunk[still].quantile(torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64)))
+            if still.any() else None}
+
+
+def cuts(judge: Judge, factors: Factors, n_ranks: int) -> dict[str, dict[str, list[float]]]:
+    """What the judge says of the model cut to each of the first ranks, and whole, with the base's or the fine-tune's
+    rest: {rest: {score: one a rank}}.
+    """
+    whole = max(len(S) for _, _, S, _ in factors.parts.values())
+    found: dict[str, dict[str, list]] = {}
+    for rest in ("base", "tuned"):
+        for rank in (*RANKS[:n_ranks], whole):
+            scores = judge.scores(judge.cut(factors, rank, rest))
+            print(judge.name, rest, rank, scores, flush=True)
+            for what, value in scores.items():
+                found.setdefault(rest, {}).setdefault(what, []).append(round(value, 4))
+    return found
+
+
+def one(name: str, n: int, n_ranks: int) -> tuple[dict, Factors]:
+    """One pair: what the record says of it, and its factors."""
+    pair = changes(name)
+    factors = factor(pair)
+    moved = {module: parts for module, parts in factors.parts.items() if parts[2].any()}
+    judge = Judge(name, n)
+    said = {"base": PAIRS[name][0], "source": source(PAIRS[name][1]), "ranks": [*RANKS[:n_ranks], "whole"],
+            "texts": len(judge.terms) * 2 if name == SRE else len(judge.smiles),
+            "energy": rounded([factors.energy_kept(rank) for rank in RANKS]),
+            "matrices": {module: of_a_matrix(W, S, (U * S) @ Vh) for module, (W, U, S, Vh) in moved.items()},
+            "unchanged": [module for module in factors.parts if module not in moved],
+            "outside": outside(pair.report()), "embedding": embedding_rows(pair),
+            "whole": judge.scores(judge.full), "cut": cuts(judge, factors, n_ranks)}
+    return said, factors
+
+
+def shared(one: Factors, other: Factors, k: int = SHARED) -> dict:
+    """How much of k leading directions two fine-tunes of one base share, 0 to 1: the squared cosines of the angles
+    between the two subspaces, mean (Hu et al. 2021, section 7.2: phi), on the output side (left) and the input side;
+    chance is k over the side.
+    """
+    rows = {}
+    for name, (_, U, S, Vh) in one.parts.items():
+        _, V, T, Wh = other.parts[name]
+        left, right = ((a.T @ b).square().sum().item() / k for a, b in ((U[:, :k], V[:, :k]), (Vh[:k].T, Wh[:k].T)))
+        inner = ((U * S).T @ (V * T) * (Vh @ Wh.T)).sum()
+        rows[name] = rounded([left, right, k / len(U), k / Vh.shape[1], inner / (S.norm() * T.norm())])
+    return {"directions": k, "columns": ["left", "right", "chance left", "chance right", "cosine of the updates"],
+            "matrices": rows}
+
+
+def noise(shapes: set[tuple[int, int]]) -> dict[str, list[float]]:
+    """Energy that a Gaussian matrix of each shape keeps at each rank from 1."""
+    found = {shape: spectrum(gaussian_like(torch.ones(shape))) for shape in sorted(shapes)}
+    return {"x".join(map(str, shape)): rounded(its.energy_kept()[list(RANKS[1:])]) for shape, its in found.items()}
+
+
+@torch.no_grad()
+def published_transformers(n: int = 300, n_ranks: int = len(RANKS)) -> dict:
+    """Three published pairs, from the cache: records/published_transformers.json. Smaller numbers are for a test.
+
+    Raises:
+        FileNotFoundError: the weights are not there; with the command that fetches them.
+    """
+    if not are_there():
+        raise FileNotFoundError(f"the published weights are not in {real_copy('')}, or transformers is missing: run "
+                                f"{COMMAND} first.")
+    pairs, factors = {}, {}
+    for name in PAIRS:
+        pairs[name], factors[name] = one(name, n, n_ranks)
+    bases = {folder: factors[name] for name, (folder, _) in PAIRS.items()}
+    shapes = {tuple(matrix["shape"]) for pair in pairs.values() for matrix in pair["matrices"].values()}
+    return {"settings": {"ranks": list(RANKS), "places of sigma": "see stored_places in records/published.py",
+                         "rest": "base: all but the cut updates is the base's (a head that the base has not: the "
+                                 "fine-tune's); tuned: all else is the fine-tune's",
+                         "rules not kept": "one fine-tune each: what is published has no seeds"},
+            "bases": {folder: {"source": source(folder), "sigma": {
+                name: at_places(spectrum(W).values) for name, (W, *_) in its.parts.items()}}
+                for folder, its in bases.items()},
+            "gaussian": noise(shapes), "pairs": pairs, "shared": shared(factors[CLASSES], factors[FINGERPRINTS])}
