@@ -18,14 +18,26 @@ os.environ.setdefault("LORA_EDU_REAL", "fable")      # the real model has a test
 TURNED = "skipped, and with CI=true only tests marked gpu may be: "
 
 
-@pytest.fixture(scope="session")
-def real_weights():
-    """The folder of the copy from the package index; made where it is not there yet."""
+def there(*names):
+    """Skip where these real weights are not in the cache: `.ci/run` fetches them, a reader may."""
     from lora_edu.course.page.real_model import real_copy
     from tools import real
-    if real.main():
-        pytest.skip("no package index here, and no copy of the real model")
+    if not all((real_copy(folder) / "SOURCE.md").is_file() for name in names for folder in real.WEIGHTS[name].folders):
+        pytest.skip(f"the real weights are not here: python dev.py real {' '.join(names)}")
+
+
+@pytest.fixture(scope="session")
+def real_weights():
+    """The folder of the copy of SmolLM2 from the package index."""
+    from lora_edu.course.page.real_model import real_copy
+    there("smollm2")
     return real_copy()
+
+
+@pytest.fixture(scope="session")
+def published_weights():
+    """Two published bases and three fine-tunes are in the cache."""
+    there("minilm", "sre", "rxnfp")
 
 
 def pytest_addoption(parser):
@@ -38,6 +50,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA; skipped, with a reason, where there is none")
     config.addinivalue_line("markers", "browser: drives JupyterLab with Chromium")
     config.addinivalue_line("markers", "full: runs with --full only")
+    config.addinivalue_line("markers", "real: needs published weights; where they are not, skipped with the command "
+                            "that fetches them")
     config.addinivalue_line("markers", "slow: left out by --quick")
     if getattr(config.option, "nbval", False) and config.option.nbval_sanitize_with is None:
         config.option.nbval_sanitize_with = str(Path(__file__).parent / "tests" / "notebooks" / "pictures.cfg")

@@ -13,13 +13,20 @@ from lora_edu.course.figures.matrices import plot_levels, plot_picture_ranks, pl
 from lora_edu.course.figures.memory import plot_beside, plot_bills
 from lora_edu.course.figures.merging import plot_latency, plot_methods_plane
 from lora_edu.course.figures.rates import plot_rank_curves, plot_rates, plot_update_sizes
-from lora_edu.course.figures.spectra import plot_density, plot_layers, plot_parts, plot_spectra, plot_what_is_kept
+from lora_edu.course.figures.spectra import (
+    plot_density,
+    plot_layers,
+    plot_parts,
+    plot_shares_of_rank,
+    plot_spectra,
+    plot_what_is_kept,
+)
 from lora_edu.course.labs.alpha_dial import alpha_dial
 from lora_edu.course.labs.memory_calculator import memory_calculator
 from lora_edu.course.labs.merge_lab import merge_lab
 from lora_edu.course.labs.rank_alpha_map import grid_explorer
 from lora_edu.course.labs.rank_picture import rank_picture
-from lora_edu.course.labs.spectrum_explorer import spectrum_explorer
+from lora_edu.course.labs.spectrum_explorer import published_explorer, spectrum_explorer
 from lora_edu.course.labs.target_picker import target_picker
 from lora_edu.course.labs.trainer import live_trainer
 from lora_edu.course.page.claims import article_ledger, claim, ledger
@@ -34,6 +41,7 @@ __all__ = ["Table", "alpha_dial", "article_ledger", "better", "calibration", "cl
            "keep_in", "learn_forget_plane", "ledger", "live_trainer", "load_record", "machine", "memory_calculator",
            "merge_lab", "plot_bands", "plot_bars", "plot_beside", "plot_bills", "plot_density", "plot_latency",
            "plot_layers", "plot_levels", "plot_loss_curves", "plot_methods_plane", "plot_parts",
-           "plot_picture_ranks", "plot_points", "plot_rank_curves", "plot_rates", "plot_singular_values",
-           "plot_spectra", "plot_two_losses", "plot_update_sizes", "plot_what_is_kept", "rank_picture", "real_model",
-           "sample_picture", "show", "spectrum_explorer", "target_picker", "tie"]
+           "plot_picture_ranks", "plot_points", "plot_rank_curves", "plot_rates", "plot_shares_of_rank",
+           "plot_singular_values", "plot_spectra", "plot_two_losses", "plot_update_sizes", "plot_what_is_kept",
+           "published_explorer", "rank_picture", "real_model", "sample_picture", "show", "spectrum_explorer",
+           "target_picker", "tie"]

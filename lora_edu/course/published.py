@@ -58,6 +58,24 @@ def operations() -> list[tuple[str, str]]:
         return [(row["term"], row["meaning"]) for row in csv.DictReader(rows)]
 
 
+def load(name: str) -> nn.Module:
+    """The fine-tune of a pair, in eval mode, by transformers (the extra `hub`); its tensors have the base's names."""
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+    from transformers.utils import logging
+    tuned, config = real_copy(PAIRS[name][1]), BertConfig.from_pretrained(real_copy(PAIRS[name][1]))
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        if name == CLASSES:
+            config.num_labels = 50          # the file has 50, its config speaks of 2
+            return BertForSequenceClassification.from_pretrained(tuned, config=config).eval()
+        body = BertModel.from_pretrained(tuned, config=config).eval()
+        return body if name == SRE else nn.ModuleDict({"bert": body})
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+
+
 class Judge:
     """A pair's fine-tune, whole, and how near to it another model of its class is.
 
@@ -67,14 +85,8 @@ class Judge:
     """
 
     def __init__(self, name: str, n: int = 300):
-        from transformers import BertForSequenceClassification, BertModel  # the extra `hub`
-        self.name, tuned = name, real_copy(PAIRS[name][1])
-        if name == CLASSES:
-            self.full = BertForSequenceClassification.from_pretrained(tuned, num_labels=50, problem_type=(
-                "single_label_classification")).eval()
-        else:
-            body = BertModel.from_pretrained(tuned).eval()
-            self.full = body if name == SRE else nn.ModuleDict({"bert": body})      # under the base's names
+        self.name = name
+        self.full = load(name)
         if name == SRE:
             self.terms, self.meanings = zip(*operations()[:n])
             draw = Random(0)

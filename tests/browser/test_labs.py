@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_edu.course import (alpha_dial, grid_explorer, load_record, memory_calculator, merge_lab, rank_picture,
-                             sample_picture, spectrum_explorer, target_picker)
+from lora_edu.course import (alpha_dial, grid_explorer, load_record, memory_calculator, merge_lab,
+                             published_explorer, rank_picture, sample_picture, spectrum_explorer, target_picker)
 from lora_edu.course.labs.lab import Lab
 from lora_edu.course.labs.memory_calculator import BATCHES, LENGTHS, RANKS, TARGETS, bill_of
 from lora_edu.course.labs.merge_lab import SCALES, STRENGTHS
@@ -63,6 +63,7 @@ def merging() -> Lab:
 
 LABS = {"dial": dial, "picture": lambda: rank_picture(sample_picture(64)),
         "picker": lambda: target_picker(load_pretrained()[0]), "explorer": explorer,
+        "published": lambda: published_explorer("rxnfp-bert_pretrained"),
         "map": lambda: grid_explorer(load_record("rank_alpha")), "calculator": memory_calculator, "merge": merging}
 
 

@@ -1,5 +1,5 @@
 // The spectrum explorer: two updates of one model side by side. A map of their matrices by the rank that holds 90 % of
-// the energy; the spectra of the chosen matrix, on which the cut is dragged; loss and slots of the model so cut.
+// the energy; the spectra of the chosen matrix, on which the cut is dragged; what was measured of the model so cut.
 
 export const energy = (sigma) => sigma.reduce((sum, value) => sum + value * value, 0);
 export const kept = (sigma, rank) => (energy(sigma) ? energy(sigma.slice(0, rank)) / energy(sigma) : 1);
@@ -31,7 +31,8 @@ export default { render({ model, el }) {
     describe: (state) => Object.entries(needs[state[side]]).map(([where, rank]) => `${where}: ${rank}`).join("; "),
     draw: (svg, width, height, state) => {
       const left = 78, wide = (width - left - 4) / layers.length;
-      layers.forEach((layer, x) => svg.append(s("text", { x: left + (x + 0.5) * wide, y: height - 4, "text-anchor": "middle" }, `layer ${layer}`)));
+      layers.forEach((layer, x) => svg.append(s("text", { x: left + (x + 0.5) * wide, y: height - 4, "text-anchor": "middle" }, layers.length > 6 ? layer : `layer ${layer}`)));
+      if (layers.length > 6) svg.append(s("text", { x: left - 6, y: height - 4, "text-anchor": "end" }, "layer"));
       matrices.forEach((matrix, y) => {
         svg.append(s("text", { x: left - 6, y: 10 + 26 * y + 17, "text-anchor": "end" }, matrix));
         layers.forEach((layer, x) => {
@@ -90,12 +91,13 @@ export default { render({ model, el }) {
     } });
   page.panels(map("left"), map("right"));
   page.panels(cuttable(spectrum("left", 0)), cuttable(spectrum("right", 1)));
-  page.panels(curve("losses", "The model with all its matrices cut: loss", "loss (nats per token)", (value) => value.toFixed(2)),
-    ...(names.some((name) => updates[name].slots) ? [curve("slots", "… and slots right", "share of the slots", (value) => percent(value))] : []));
+  const measured = (what) => names.some((name) => updates[name][what]), cut = "The model with all its matrices cut:";
+  page.panels(...(measured("losses") ? [curve("losses", `${cut} loss`, "loss (nats per token)", (value) => value.toFixed(2))] : []),
+    ...(measured("slots") ? [curve("slots", `${measured("losses") ? "… and" : cut} ${data.share}`, "share", (value) => percent(value))] : []));
 
   page.draw = (state) => sides(state).filter((name, i, all) => all.indexOf(name) === i).map((name) => {
-    const sigma = sigmaOf(name, state), its = updates[name], at = ranks.indexOf(state.rank), [first, now, last] = [its.losses[0], its.losses[at], its.losses.at(-1)];
-    const share = now > first ? `${(now - first).toFixed(2)} worse than the base` : last >= first ? `${(first - now).toFixed(2)} better than the base, though the whole update is no better`
+    const sigma = sigmaOf(name, state), its = updates[name], at = ranks.indexOf(state.rank), losses = its.losses || ranks.map(() => 0);
+    const [first, now, last] = [losses[0], losses[at], losses.at(-1)], share = now > first ? `${(now - first).toFixed(2)} worse than the base` : last >= first ? `${(first - now).toFixed(2)} better than the base, though the whole update is no better`
       : `${percent((first - now) / (first - last))} of the improvement`;
     return `${name}, layer ${state.layer}, ${state.matrix} (${data.shapes[state.matrix].join(" × ")}): rank ${state.rank} keeps ${percent(kept(sigma, state.rank), 1)} of its energy, ` +
       `${percent(its.energies[at], 1)} of all ${layers.length * matrices.length} matrices together; 90% needs rank ${needs[name][place(state)]}; ` +

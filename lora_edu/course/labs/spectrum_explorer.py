@@ -12,13 +12,19 @@ from matplotlib.figure import Figure
 
 from lora_edu.course.figures.spectra import plot_spectra, rising_ranks
 from lora_edu.course.labs.lab import Lab
-from lora_edu.course.records.stored import rounded
+from lora_edu.course.published import PAIRS
+from lora_edu.course.records.published import whole_spectrum
+from lora_edu.course.records.stored import load_record, rounded
 from lora_edu.measure.spectra import Spectrum, gaussian_like, spectrum
+
+# what a BERT calls its matrices -> what the page has room for
+BERT = {"attention.self.query": "query", "attention.self.key": "key", "attention.self.value": "value",
+        "attention.output.dense": "attn output", "intermediate.dense": "intermediate", "output.dense": "output"}
 
 
 def spectrum_explorer(factors: dict, ranks, losses: dict, measured_on: dict, slots: dict | None = None,
-                      rank: int = 8) -> Lab:
-    """Two updates side by side: a map of their matrices, the spectra of one, and loss and slots when all are cut.
+                      rank: int = 8, share: str = "slots right") -> Lab:
+    """Two updates side by side: a map of their matrices, the spectra of one, and what is left when all are cut.
 
     Args:
         factors: ``{"restaurants": {"model.layers.0.self_attn.q_proj": (U, S, Vh), ...}, "random targets": ...}``:
@@ -26,9 +32,10 @@ def spectrum_explorer(factors: dict, ranks, losses: dict, measured_on: dict, slo
             smaller side.
         ranks: the ranks to choose from, rising from 0 to at least the largest k.
         losses: ``{"restaurants": [loss, ...], ...}``, nats per token of the whole model with every matrix cut to each
-            of the ranks.
+            of the ranks; empty where only a share was measured.
         measured_on: ``{"restaurants": "restaurants", ...}``, the data those losses were measured on.
-        slots: the same for the share of slots right, of those updates for which it was measured.
+        slots: the same for the share of slots right, of those updates for which it was measured; or for another share,
+            0 to 1, which is called what ``share`` says.
         rank: where the cut starts.
 
     The axes are the same for all matrices; white noise of the same median is drawn in.
@@ -38,22 +45,53 @@ def spectrum_explorer(factors: dict, ranks, losses: dict, measured_on: dict, slo
     """
     ranks, slots = rising_ranks(ranks), slots or {}
     places = _check_factors(factors, ranks)
-    _check_losses(list(factors), ranks, losses, measured_on, slots)
+    _check_losses(list(factors) if losses or not slots else [], ranks, losses, measured_on)
+    _check_shares(list(factors), ranks, slots)
     layers, matrices = (list(dict.fromkeys(part)) for part in zip(*places))
     first = next(iter(factors.values()))
     shapes = {matrix: [len(first[places[layers[0], matrix]][0]), first[places[layers[0], matrix]][2].shape[1]]
               for matrix in matrices}
-    updates = {what: _of_an_update(parts, places, ranks) | {"losses": [float(value) for value in losses[what]],
-                                                           "measured_on": measured_on[what]}
+    updates = {what: _of_an_update(parts, places, ranks)
+               | ({"losses": [float(value) for value in losses[what]], "measured_on": measured_on[what]} if losses
+                  else {})
                | ({"slots": [float(value) for value in slots[what]]} if what in slots else {})
                for what, parts in factors.items()}
-    data = {"title": "spectra of two updates", "ranks": ranks, "layers": layers, "matrices": matrices, "shapes": shapes,
-            "updates": updates, "noise": {"×".join(map(str, shape)): rounded(_noise_values(tuple(shape)))
-                                          for shape in shapes.values()}}
+    noise = {"×".join(map(str, shape)): rounded(_noise_values(tuple(shape))) for shape in shapes.values()}
+    data = {"title": "spectra of two updates", "share": share, "ranks": ranks, "layers": layers, "matrices": matrices,
+            "shapes": shapes, "updates": updates, "noise": noise}
     names = list(factors)
     state = {"left": names[0], "right": next((name for name in names if name.startswith("random")), names[-1]),
              "layer": layers[0], "matrix": matrices[0], "rank": min(ranks, key=lambda each: abs(each - rank))}
     return Lab("spectrum_explorer", data, state, in_words(data, state), picture(data, state))
+
+
+def published_explorer(base: str) -> Lab:
+    """The same on the published fine-tunes of a base, "all-MiniLM-L6-v2" or "rxnfp-bert_pretrained": from the record,
+    so that it needs no weights. Spectra are drawn through the places that are stored.
+
+    >>> published_explorer("rxnfp-bert_pretrained").data["layers"][-1]
+    11
+    """
+    record = load_record("published_transformers")
+    names = [name for name, (folder, _) in PAIRS.items() if folder == base]
+    parts, kept = {}, {}
+    for name in names:
+        its = record["pairs"][name]
+        parts[name] = {}
+        for module, row in its["matrices"].items():
+            if place := _short(module):
+                (rows, columns), k = row["shape"], min(row["shape"])
+                parts[name][place] = (torch.empty(rows, k, device="meta"), whole_spectrum(row["sigma"], k),
+                                      torch.empty(k, columns, device="meta"))
+        kept[name] = its["cut"]["base"]["agreement"]
+    return spectrum_explorer(parts, [*record["settings"]["ranks"], k], {}, {}, kept, share="answers as the whole "
+                             "fine-tune's")
+
+
+def _short(module: str) -> str | None:
+    """"bert.encoder.layer.3.attention.self.query" is "layers.3.query"; None outside the layers."""
+    found = re.search(r"layer\.(\d+)\.(.+)$", module)
+    return found and f"layers.{found[1]}.{BERT[found[2]]}"
 
 
 def _of_an_update(parts: dict, places: dict, ranks: list) -> dict:
@@ -71,10 +109,10 @@ def in_words(data: dict, state: dict) -> str:
     at, lines = data["ranks"].index(state["rank"]), []
     for what in dict.fromkeys((state["left"], state["right"])):
         its = data["updates"][what]
-        lines.append(f"{what}: every matrix cut to rank {state['rank']} keeps {its['energies'][at]:.1%} of the energy; "
-                     f"loss on {its['measured_on']} {its['losses'][at]:.2f} nats per token (base "
-                     f"{its['losses'][0]:.2f}, whole update {its['losses'][-1]:.2f})"
-                     + (f", slots right {its['slots'][at]:.0%}" if "slots" in its else ""))
+        lines.append(f"{what}: every matrix cut to rank {state['rank']} keeps {its['energies'][at]:.1%} of the energy"
+                     + (f"; loss on {its['measured_on']} {its['losses'][at]:.2f} nats per token (base "
+                        f"{its['losses'][0]:.2f}, whole update {its['losses'][-1]:.2f})" if "losses" in its else "")
+                     + (f", {data['share']} {its['slots'][at]:.0%}" if "slots" in its else ""))
     return "\n".join(lines)
 
 
@@ -144,7 +182,7 @@ def _places(names: list[str]) -> dict[tuple[int, str], str]:
     return {(layer, matrix): places[layer, matrix] for layer in layers for matrix in matrices}
 
 
-def _check_losses(whats: list[str], ranks: list, losses: dict, measured_on: dict, slots: dict) -> None:
+def _check_losses(whats: list[str], ranks: list, losses: dict, measured_on: dict) -> None:
     for what in whats:
         if what not in losses or what not in measured_on:
             raise ValueError(f"{'losses' if what not in losses else 'measured_on'} has no entry for {what!r}: give one "
@@ -152,6 +190,9 @@ def _check_losses(whats: list[str], ranks: list, losses: dict, measured_on: dict
         if len(losses[what]) != len(ranks) or not np.isfinite(np.asarray(losses[what], dtype=float)).all():
             raise ValueError(f"losses[{what!r}] has {len(losses[what])} numbers: give {len(ranks)} finite ones, one "
                              f"for each of the ranks {', '.join(map(str, ranks))}.")
+
+
+def _check_shares(whats: list[str], ranks: list, slots: dict) -> None:
     for what, values in slots.items():
         if what not in whats or len(values) != len(ranks):
             raise ValueError(f"slots[{what!r}] has {len(values)} numbers: give {len(ranks)}, one for each rank, and "

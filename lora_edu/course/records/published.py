@@ -11,13 +11,14 @@ import torch
 from lora_edu.checkpoints.deltas import ChangeReport, Deltas
 from lora_edu.course.page.real_model import real_copy
 from lora_edu.course.published import CLASSES, COMMAND, FINGERPRINTS, PAIRS, SRE, Judge, are_there, changes
-from lora_edu.course.records.stored import rounded
+from lora_edu.course.records.stored import load_record, rounded
 from lora_edu.files import checksum
 from lora_edu.measure.spectra import Factors, Spectrum, factor, gaussian_like, sign_flipped, spectrum
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 # places (from 1) of the singular values that are stored
 AT = (*range(1, 17), *range(20, 33, 4), *range(40, 65, 8), *range(80, 129, 16), *range(160, 1025, 32))
+SLICE = 60            # texts of the slice that the notebook measures again
 SHARED = 8            # directions of two fine-tunes that are compared
 
 
@@ -85,10 +86,11 @@ def embedding_rows(pair: Deltas) -> dict:
     moved = after - before
     shrunk = -(moved * before).sum(1) / before.square().sum(1)
     rest = (moved + shrunk[:, None] * before).norm(dim=1) / before.norm(dim=1)
-    still = rest < 1e-4                     # rounding of float32 over the steps leaves about 1e-5
-    return {"rows": len(before), "moved": int((moved != 0).any(1).sum()), "only shrunk": int(still.sum()),
-            "shrunk by": rounded(shrunk[still].quantile(torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64)))
-            if still.any() else None}
+    changed = (moved != 0).any(1)
+    decayed = changed & (rest < 1e-4)       # rounding of float32 over the steps leaves about 1e-5
+    return {"rows": len(before), "moved": int(changed.sum()), "only shrunk": int(decayed.sum()),
+            "shrunk by": rounded(shrunk[decayed].quantile(torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64)))
+            if decayed.any() else None}
 
 
 def cuts(judge: Judge, factors: Factors, n_ranks: int) -> dict[str, dict[str, list[float]]]:
@@ -106,6 +108,13 @@ def cuts(judge: Judge, factors: Factors, n_ranks: int) -> dict[str, dict[str, li
     return found
 
 
+def again(name: str, n: int = SLICE) -> dict:
+    """What the notebook measures again where the weights are: energy at rank 8, and a shorter examination."""
+    factors, judge = factor(changes(name)), Judge(name, n)
+    scores = judge.scores(judge.cut(factors, 8))
+    return {"texts": n, "rank": 8, "energy": factors.energy_kept(8)} | scores
+
+
 def one(name: str, n: int, n_ranks: int) -> tuple[dict, Factors]:
     """One pair: what the record says of it, and its factors."""
     pair = changes(name)
@@ -118,7 +127,7 @@ def one(name: str, n: int, n_ranks: int) -> tuple[dict, Factors]:
             "matrices": {module: of_a_matrix(W, S, (U * S) @ Vh) for module, (W, U, S, Vh) in moved.items()},
             "unchanged": [module for module in factors.parts if module not in moved],
             "outside": outside(pair.report()), "embedding": embedding_rows(pair),
-            "whole": judge.scores(judge.full), "cut": cuts(judge, factors, n_ranks)}
+            "whole": judge.scores(judge.full), "slice": again(name), "cut": cuts(judge, factors, n_ranks)}
     return said, factors
 
 
@@ -127,14 +136,15 @@ def shared(one: Factors, other: Factors, k: int = SHARED) -> dict:
     between the two subspaces, mean (Hu et al. 2021, section 7.2: phi), on the output side (left) and the input side;
     chance is k over the side.
     """
-    rows = {}
+    rows, inners, squares = {}, 0.0, [0.0, 0.0]
     for name, (_, U, S, Vh) in one.parts.items():
         _, V, T, Wh = other.parts[name]
         left, right = ((a.T @ b).square().sum().item() / k for a, b in ((U[:, :k], V[:, :k]), (Vh[:k].T, Wh[:k].T)))
-        inner = ((U * S).T @ (V * T) * (Vh @ Wh.T)).sum()
+        inner = ((U * S).T @ (V * T) * (Vh @ Wh.T)).sum().item()
+        inners, squares = inners + inner, [squares[0] + S.square().sum().item(), squares[1] + T.square().sum().item()]
         rows[name] = rounded([left, right, k / len(U), k / Vh.shape[1], inner / (S.norm() * T.norm())])
     return {"directions": k, "columns": ["left", "right", "chance left", "chance right", "cosine of the updates"],
-            "matrices": rows}
+            "matrices": rows, "cosine of all": rounded([inners / (squares[0] * squares[1]) ** 0.5])[0]}
 
 
 def noise(shapes: set[tuple[int, int]]) -> dict[str, list[float]]:
@@ -166,3 +176,34 @@ def published_transformers(n: int = 300, n_ranks: int = len(RANKS)) -> dict:
                 name: at_places(spectrum(W).values) for name, (W, *_) in its.parts.items()}}
                 for folder, its in bases.items()},
             "gaussian": noise(shapes), "pairs": pairs, "shared": shared(factors[CLASSES], factors[FINGERPRINTS])}
+
+
+def on_one_axis() -> tuple[dict, dict, dict]:
+    """What `plot_shares_of_rank` draws: energy, answers kept, and chance (of MiniLM's matrices), by the share of all
+    directions that is kept. fable's answers are slots right, those of the published models are the same as the whole
+    fine-tune's.
+    """
+    record, fable = load_record("published_transformers"), load_record("spectra")
+    runs = fable.runs(task="bistro", null=None, trains="matrices")
+    shares = [rank / fable["settings"]["ranks"][-1] for rank in fable["settings"]["ranks"]]
+    energy, answers = {"fable": (shares, runs.mean("energy"))}, {"fable": (shares, runs.mean("slots"))}
+    for name, pair in record["pairs"].items():
+        k = min(next(iter(pair["matrices"].values()))["shape"])
+        shares = [rank / k for rank in (*RANKS, k)]
+        energy[name] = (shares, [*pair["energy"], 1.0])
+        answers[name] = (shares, pair["cut"]["base"]["agreement"])
+    energy["LSTM, four fine-tunes"] = (shares, [_lstm(share) for share in shares])
+    chance = {}
+    matrices = record["pairs"][SRE]["matrices"].values()
+    shares = [rank / 384 for rank in RANKS] + [1.0]
+    for what, kept in (("white noise", [record["gaussian"]["x".join(map(str, m["shape"]))] for m in matrices]),
+                       ("signs flipped", [m["signs flipped"] for m in matrices])):
+        chance[what] = (shares, [0.0, *(sum(column) / len(column) for column in zip(*kept)), 1.0])
+    return energy, answers, chance
+
+
+def _lstm(share: float) -> float:
+    """Energy of all matrices of the record published_pair, each cut to this share of its directions."""
+    rows = [torch.tensor(row["sigma"], dtype=torch.float64).square()
+            for pair in load_record("published_pair")["pairs"].values() for row in pair["matrices"].values()]
+    return float(sum(row[:round(share * len(row))].sum() for row in rows) / sum(row.sum() for row in rows))

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from lora_edu.course.labs import spectrum_explorer as explorer
-from lora_edu.course.labs.spectrum_explorer import spectrum_explorer
+from lora_edu.course import load_record
+from lora_edu.course.labs.spectrum_explorer import published_explorer, spectrum_explorer
+from lora_edu.course.published import CLASSES, FINGERPRINTS, SRE
+from lora_edu.course.records.published import whole_spectrum
 
 RANKS = [0, 1, 2, 4, 8]
 LAYERS, SHAPES = (0, 2), {"q_proj": (8, 8), "up_proj": (12, 8)}
@@ -91,6 +94,35 @@ def test_the_stored_cell_says_both_updates(factors):
     assert first == (f"restaurants: every matrix cut to rank 2 keeps {energy:.1%} of the energy; loss on restaurants "
                      "2.00 nats per token (base 4.40, whole update 0.40), slots right 25%")
     assert second.startswith("random targets: ") and "slots" not in second
+
+
+def test_a_share_alone_needs_no_losses(factors):
+    kept = dict.fromkeys(WHATS, [0, 0.1, 0.25, 0.5, 1])
+    lab = spectrum_explorer(factors, RANKS, {}, {}, kept, rank=2, share="answers as before")
+    assert lab.data["share"] == "answers as before" and "losses" not in lab.data["updates"]["restaurants"]
+    assert lab._repr_mimebundle_()[0]["text/plain"].splitlines()[0].endswith("of the energy, answers as before 25%")
+    with pytest.raises(ValueError, match="losses has no entry for 'restaurants'"):
+        spectrum_explorer(factors, RANKS, {}, {})
+
+
+def test_the_published_pairs_are_those_of_the_record():
+    """Two fine-tunes of one base side by side, every layer and matrix; energies within half a point of the record's."""
+    record = load_record("published_transformers")
+    for base, names, layers in (("rxnfp-bert_pretrained", [CLASSES, FINGERPRINTS], 12), ("all-MiniLM-L6-v2", [SRE], 6)):
+        data = published_explorer(base).data
+        assert list(data["updates"]) == names and data["layers"] == list(range(layers)) and len(data["matrices"]) == 6
+        for name in names:
+            its, pair = data["updates"][name], record["pairs"][name]
+            assert its["slots"] == pair["cut"]["base"]["agreement"]
+            # without the pooler, which is in no layer
+            squares = [whole_spectrum(row["sigma"], min(row["shape"])).square()
+                       for module, row in pair["matrices"].items() if "pooler" not in module]
+            want = [sum(s[:rank].sum() for s in squares) / sum(s.sum() for s in squares) for rank in data["ranks"]]
+            assert np.allclose(its["energies"], want, atol=1e-4)
+            for place, ending in (("3 value", "layer.3.attention.self.value"), ("3 output", "layer.3.output.dense"),
+                                  ("5 attn output", "layer.5.attention.output.dense")):
+                row = next(row for module, row in pair["matrices"].items() if module.endswith(ending))
+                assert its["spectra"][place][:16] == row["sigma"][:16]
 
 
 def test_a_start_between_two_ranks_takes_the_nearer_one(factors):
