@@ -3,6 +3,8 @@
     python benchmarks/extract_speed.py                    a pair shaped like SmolLM2-135M, one of 2048 x 2048, and fable
     python benchmarks/extract_speed.py --layers 2 --runs 1 --side 512     a small try
 
+and, where `python dev.py real minilm sre rxnfp` has fetched them, the published pairs.
+
 The pair lies in two safetensors files. Ours is the whole of `extract_lora` at rank 16: reading, subtracting, factors,
 reports, writing. The other side is what the usual extractors do: `torch.linalg.svd` of each ΔW, cut to rank 16, its
 factors in the same form; the files are read and subtracted there too. Both run in one process, one after the other in
@@ -125,6 +127,19 @@ def time_fable(runs: int) -> None:
     print(f"all singular values of fable's 28 matrices: {seconds:.2f} s")
 
 
+def time_published(runs: int) -> None:
+    """MiniLM to SRE and rxnfp to 50 classes: matrices this small are decomposed whole by both, so a tie is expected."""
+    from lora_edu.course.page.real_model import real_copy
+    from lora_edu.course.published import CLASSES, PAIRS, SRE, are_there
+    for name in (SRE, CLASSES) if are_there() else ():
+        pair = [real_copy(folder) for folder in PAIRS[name]]
+        with tempfile.TemporaryDirectory() as place:
+            outs = iter(range(10**6))
+            ours, full = interleaved(runs, lambda: extract_lora(*pair, rank=RANK, out=Path(place) / str(next(outs))),
+                                     lambda: with_full_svds(*pair, Path(place) / "full.safetensors"))
+        compare(f"{name}, rank {RANK}", ours, full, max(excess(delta) for _, _, delta in deltas(*pair) if delta.any()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
@@ -136,6 +151,7 @@ def main() -> None:
     time_pair(args.layers, args.runs)
     time_square(args.side, args.runs)
     time_fable(args.runs)
+    time_published(args.runs)
 
 
 if __name__ == "__main__":

@@ -281,3 +281,23 @@ def test_a_picture_of_many_matrices_has_no_jump_and_its_title_fits(tmp_path):
     box = figure.axes[0].title.get_window_extent()
     assert 0 <= box.x0 and box.x1 <= figure.bbox.width
     assert len([line for line in figure.axes[0].lines if line.get_linewidth() > 2]) == 3
+
+
+def test_a_prefix_on_one_side_and_a_pickle_beside_the_safetensors(tmp_path, capsys):
+    """As published BERTs lie: a head on one side, and beside its weights a .bin of them and other pickles."""
+    torch.manual_seed(0)
+    body = {"encoder.query.weight": torch.randn(6, 6), "encoder.query.bias": torch.zeros(6)}
+    headed = {f"bert.{name}": tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in body.items()}
+    for folder, tensors in (("base", body), ("tuned", headed | {"classifier.weight": torch.randn(2, 6)})):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    (tmp_path / "tuned" / "pytorch_model.bin").write_bytes(b"an old one, and never read")
+    (tmp_path / "tuned" / "training_args.bin").write_bytes(b"no tensors at all")
+    sides = [str(tmp_path / "base"), str(tmp_path / "tuned")]
+    assert cli.main(["spectrum", *sides]) == 3
+    said = capsys.readouterr()
+    assert said.err.startswith("lora-edu: 'bert.' is taken from the front of 2 names of ") and said.err.count("\n") == 1
+    assert "encoder.query" in said.out and "bert.encoder" not in said.out
+    assert "only in the tuned model" in said.out
+    assert cli.main(["extract", *sides, "--rank", "2", "--out", str(tmp_path / "lora")]) == 3
+    assert "rank 2 on 1 matrices" in capsys.readouterr().out

@@ -62,16 +62,18 @@ def load(name: str) -> nn.Module:
     """The fine-tune of a pair, in eval mode, by transformers (the extra `hub`); its tensors have the base's names."""
     from transformers import BertConfig, BertForSequenceClassification, BertModel
     from transformers.utils import logging
-    tuned, config = real_copy(PAIRS[name][1]), BertConfig.from_pretrained(real_copy(PAIRS[name][1]))
-    bar = logging.is_progress_bar_enabled()
+    tuned, bar, loud = real_copy(PAIRS[name][1]), logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()           # of 50 classes that the config calls 2
     try:
+        config = BertConfig.from_pretrained(tuned)
         if name == CLASSES:
-            config.num_labels = 50          # the file has 50, its config speaks of 2
+            config.num_labels = 50
             return BertForSequenceClassification.from_pretrained(tuned, config=config).eval()
         body = BertModel.from_pretrained(tuned, config=config).eval()
         return body if name == SRE else nn.ModuleDict({"bert": body})
     finally:
+        logging.set_verbosity(loud)
         if bar:
             logging.enable_progress_bar()
 

@@ -376,3 +376,27 @@ def test_a_pair_is_streamed(what, dtype, shards, tmp_path):
     assert grown < 3 * 4 * side * side + output
     # the measure sees the two that it must hold
     assert grown > 0.9 * 2 * 4 * side * side
+
+
+@pytest.mark.real
+def test_an_adapter_cut_out_of_a_published_fine_tune_gives_the_cut_models_vectors(published_weights, tmp_path):
+    """MiniLM to SRE at rank 16, loaded by PEFT on the base. Oracle: numpy's best rank-16 parts in float64."""
+    from transformers import AutoModel
+
+    from lora_edu.course.page.real_model import real_copy
+    from lora_edu.course.published import SRE, Judge, operations
+    base, tuned = real_copy("all-MiniLM-L6-v2"), real_copy("sre-embedding-model")
+    report = extract_lora(base, tuned, rank=16, out=tmp_path / "lora")
+    assert report.targets == 36 and not report.change.not_compared
+    oracle, after = AutoModel.from_pretrained(base).eval(), load_file(tuned / "model.safetensors")
+    with torch.no_grad():
+        for name, place in oracle.named_parameters():
+            if place.ndim == 2 and "embeddings" not in name:
+                before = place.double().numpy()
+                U, S, Vh = np.linalg.svd(after[name].double().numpy() - before, full_matrices=False)
+                place.copy_(torch.from_numpy(before + U[:, :16] * S[:16] @ Vh[:16]))
+    adapted = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "lora").eval()
+    judge = Judge(SRE, 20)
+    texts = [text for pair in operations()[:20] for text in pair]
+    assert (judge.embed(adapted, texts) - judge.embed(oracle, texts)).abs().max() < 1e-5
+    assert (judge.embed(adapted, texts) - judge.embed(judge.full, texts)).abs().max() > 1e-3

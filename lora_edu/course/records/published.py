@@ -108,7 +108,7 @@ def cuts(judge: Judge, factors: Factors, n_ranks: int) -> dict[str, dict[str, li
     return found
 
 
-def again(name: str, n: int = SLICE) -> dict:
+def measured_again(name: str, n: int = SLICE) -> dict:
     """What the notebook measures again where the weights are: energy at rank 8, and a shorter examination."""
     factors, judge = factor(changes(name)), Judge(name, n)
     scores = judge.scores(judge.cut(factors, 8))
@@ -127,7 +127,7 @@ def one(name: str, n: int, n_ranks: int) -> tuple[dict, Factors]:
             "matrices": {module: of_a_matrix(W, S, (U * S) @ Vh) for module, (W, U, S, Vh) in moved.items()},
             "unchanged": [module for module in factors.parts if module not in moved],
             "outside": outside(pair.report()), "embedding": embedding_rows(pair),
-            "whole": judge.scores(judge.full), "slice": again(name), "cut": cuts(judge, factors, n_ranks)}
+            "whole": judge.scores(judge.full), "slice": measured_again(name), "cut": cuts(judge, factors, n_ranks)}
     return said, factors
 
 
