@@ -70,7 +70,7 @@ def test_without_the_weights_the_record_says_what_to_run(tmp_path, monkeypatch):
 
 
 def test_the_record_is_what_was_measured_before_it_was_made():
-    """A maintainer's float32 SVD of the encoders' matrices (2026-11-25), without the pooler: energies in rank 8, 16 and
+    """A maintainer's float32 SVD of the encoders' matrices (2026-11-25): energies in rank 8, 16 and
     32, mean and extremes, and the sizes of the change.
     """
     pairs = load_record("published_transformers")["pairs"]
@@ -78,17 +78,18 @@ def test_the_record_is_what_was_measured_before_it_was_made():
     said = {SRE: (36, {8: 0.41, 32: 0.68}, (0.22, 0.57)), CLASSES: (72, {8: 0.45, 16: 0.64}, (0.27, 0.74)),
             FINGERPRINTS: (72, {8: 0.30, 16: 0.47}, (0.18, 0.60))}
     for name, (count, means, ends) in said.items():
-        rows = [row["energy"] for module, row in pairs[name]["matrices"].items() if "pooler" not in module]
+        rows = [row["energy"] for row in pairs[name]["matrices"].values()]
         assert len(rows) == count
         for rank, mean in means.items():
             kept = [row[published.RANKS[1:].index(rank)] for row in rows]
             assert statistics.mean(kept) == pytest.approx(mean, abs=6e-3)
         eight = [row[3] for row in rows]
         assert (min(eight), max(eight)) == pytest.approx(ends, abs=6e-3)
-    sizes = [row["change"] for row in pairs[SRE]["matrices"].values()]
-    assert statistics.mean(sizes) == pytest.approx(0.0137, abs=5e-5)
+    for name, size, off in ((SRE, 0.0137, 0.004), (CLASSES, 0.088, 0.1), (FINGERPRINTS, 0.227, 0.02)):
+        sizes = [row["change"] for row in pairs[name]["matrices"].values()]
+        assert statistics.mean(sizes) == pytest.approx(size, rel=off)
     assert pairs[SRE]["embedding"]["moved"] == pairs[SRE]["embedding"]["rows"] == 30_522
-    assert load_record("published_transformers")["shared"]["cosine of all"] == pytest.approx(0.085, abs=0.02)
+    assert load_record("published_transformers")["shared"]["cosine of all"] == pytest.approx(0.085, abs=5e-4)
 
 
 def test_the_record_is_small_and_says_where_it_is_from():
@@ -111,8 +112,9 @@ def test_spectra_through_the_stored_places_have_the_energies_of_the_whole_ones()
         for row in pair["matrices"].values():
             drawn = Spectrum(published.whole_spectrum(row["sigma"], min(row["shape"])), tuple(row["shape"]))
             assert torch.allclose(drawn.energy_kept()[list(published.RANKS[1:])], torch.tensor(row["energy"]).double(),
-                                  atol=2e-3)
-    assert published.whole_spectrum([1.0] * 16 + [0.0], 20)[-1] < 1e-20
+                                  atol=5e-3)
+    zeros = torch.cat([torch.ones(15), torch.zeros(15)])
+    assert published.whole_spectrum(published.at_places(zeros), 30)[-1] < 1e-20
 
 
 def test_everything_on_one_axis_ends_at_everything():

@@ -23,12 +23,13 @@ SHARED = 8            # directions of two fine-tunes that are compared
 
 
 def stored_places(k: int) -> list[int]:
-    """Which of k singular values a record holds, counted from 1; the last is one of them.
+    """Which of k singular values a record holds, counted from 1: the last ones, which fall steeply, are among them.
 
-    >>> stored_places(20)[-3:]
-    [15, 16, 20]
+    >>> stored_places(40)[-8:]
+    [20, 24, 28, 32, 36, 38, 39, 40]
     """
-    return [place for place in AT if place < k] + [k]
+    last = {place for place in (k - 16, k - 8, k - 4, k - 2, k - 1, k) if place > 0}
+    return sorted(last | {place for place in AT if place < k})
 
 
 def at_places(values: torch.Tensor) -> list[float]:
@@ -38,8 +39,8 @@ def at_places(values: torch.Tensor) -> list[float]:
 def whole_spectrum(stored: list[float], k: int) -> torch.Tensor:
     """All k singular values from those that are stored: between two of them on a straight line of the logarithms.
 
-    >>> whole_spectrum([4.0] * 16 + [2.0], 20)[-4:].round(decimals=2).tolist()
-    [3.36, 2.83, 2.38, 2.0]
+    >>> whole_spectrum([8.0] * 16 + [8.0, 2.0, 2.0, 2.0], 22)[-6:].round(decimals=3).tolist()
+    [8.0, 8.0, 4.0, 2.0, 2.0, 2.0]
     """
     places = torch.tensor(stored_places(k), dtype=torch.float64)
     logs = torch.tensor(stored, dtype=torch.float64).clamp_min(1e-30).log()
@@ -108,27 +109,43 @@ def cuts(judge: Judge, factors: Factors, n_ranks: int) -> dict[str, dict[str, li
     return found
 
 
+def encoder(factors: Factors) -> Factors:
+    """Without the pooler, a matrix before the head: the pretraining of both bases has hardly used it, so that its
+    change is no fine-tuning of something that was there.
+    """
+    return Factors(factors.deltas, {name: parts for name, parts in factors.parts.items() if "pooler" not in name})
+
+
 def measured_again(name: str, n: int = SLICE) -> dict:
     """What the notebook measures again where the weights are: energy at rank 8, and a shorter examination."""
     factors, judge = factor(changes(name)), Judge(name, n)
     scores = judge.scores(judge.cut(factors, 8))
-    return {"texts": n, "rank": 8, "energy": factors.energy_kept(8)} | scores
+    return {"texts": n, "rank": 8, "energy": encoder(factors).energy_kept(8)} | scores
 
 
 def one(name: str, n: int, n_ranks: int) -> tuple[dict, Factors]:
     """One pair: what the record says of it, and its factors."""
     pair = changes(name)
     factors = factor(pair)
-    moved = {module: parts for module, parts in factors.parts.items() if parts[2].any()}
-    judge = Judge(name, n)
+    inner, judge = encoder(factors), Judge(name, n)
+    squares = {module: S.square().sum().item() for module, (_, _, S, _) in factors.parts.items()}
+    pooler = next(module for module in factors.parts if module not in inner.parts)
     said = {"base": PAIRS[name][0], "source": source(PAIRS[name][1]), "ranks": [*RANKS[:n_ranks], "whole"],
             "texts": len(judge.terms) * 2 if name == SRE else len(judge.smiles),
-            "energy": rounded([factors.energy_kept(rank) for rank in RANKS]),
-            "matrices": {module: of_a_matrix(W, S, (U * S) @ Vh) for module, (W, U, S, Vh) in moved.items()},
-            "unchanged": [module for module in factors.parts if module not in moved],
+            "energy": rounded([inner.energy_kept(rank) for rank in RANKS]),
+            "matrices": {module: of_a_matrix(W, S, (U * S) @ Vh) for module, (W, U, S, Vh) in inner.parts.items()},
+            "pooler": {"change": rounded([squares[pooler] ** 0.5 / factors.parts[pooler][0].norm()])[0],
+                       "share of the squared change": rounded([squares[pooler] / sum(squares.values())])[0]},
             "outside": outside(pair.report()), "embedding": embedding_rows(pair),
             "whole": judge.scores(judge.full), "slice": measured_again(name), "cut": cuts(judge, factors, n_ranks)}
-    return said, factors
+    return said, inner
+
+
+def of_a_base(folder: str, factors: Factors) -> dict:
+    """The weights before: of each matrix the stored singular values and the rank for 90 % of their energy."""
+    spectra = {name: spectrum(W) for name, (W, *_) in factors.parts.items()}
+    return {"source": source(folder), "sigma": {name: at_places(its.values) for name, its in spectra.items()},
+            "rank 90": {name: int(its.rank_for(0.9)) for name, its in spectra.items()}}
 
 
 def shared(one: Factors, other: Factors, k: int = SHARED) -> dict:
@@ -172,10 +189,8 @@ def published_transformers(n: int = 300, n_ranks: int = len(RANKS)) -> dict:
                          "rest": "base: all but the cut updates is the base's (a head that the base has not: the "
                                  "fine-tune's); tuned: all else is the fine-tune's",
                          "rules not kept": "one fine-tune each: what is published has no seeds"},
-            "bases": {folder: {"source": source(folder), "sigma": {
-                name: at_places(spectrum(W).values) for name, (W, *_) in its.parts.items()}}
-                for folder, its in bases.items()},
-            "gaussian": noise(shapes), "pairs": pairs, "shared": shared(factors[CLASSES], factors[FINGERPRINTS])}
+            "bases": {folder: of_a_base(folder, its) for folder, its in bases.items()}, "gaussian": noise(shapes),
+            "pairs": pairs, "shared": shared(factors[CLASSES], factors[FINGERPRINTS])}
 
 
 def on_one_axis() -> tuple[dict, dict, dict]:
