@@ -11,7 +11,7 @@ from lora_edu.course.records.runs import SEEDS, before, tales_to_forget
 from lora_edu.course.records.stored import load_record
 from lora_edu.lora.settings import FIXED_ALPHA, LoRASettings
 from lora_edu.lora.stack import LoRAStack
-from lora_edu.measure import planted
+from lora_edu.course import planted
 from lora_edu.models.pretrained import best_device, load_pretrained
 from lora_edu.training import corpora
 from lora_edu.training.loop import evaluate, sixteen_bits

@@ -9,7 +9,7 @@ import torch
 
 from lora_edu.lora.settings import LoRASettings
 from lora_edu.lora.stack import LoRAStack
-from lora_edu.measure.planted import divergences, heldout_divergence, lessons, plant, told
+from lora_edu.course.planted import divergences, heldout_divergence, lessons, plant, told
 from lora_edu.training.stacked import train_stack
 from tests.lora.tiny import our_llama
 
