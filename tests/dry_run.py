@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 os.environ["LORA_EDU_DEVICE"] = "dry"
+os.environ["LORA_EDU_CACHE"] = os.devnull       # transformers loads in its own ways: notebook 03 without its weights
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -28,12 +29,12 @@ from torch import nn  # noqa: E402
 from tests.dry_device import DryTensor  # noqa: E402  changes torch: before any model is made
 
 import lora_edu  # noqa: E402
-from lora_edu.course import lessons, tasks  # noqa: E402
+from lora_edu.course import lessons, planted, tasks  # noqa: E402
 from lora_edu.course.labs import live_run, merge_lab  # noqa: E402
 from lora_edu.course.page.claims import ClaimError  # noqa: E402
 from lora_edu.lora import layer, targets  # noqa: E402
 from lora_edu.lora.conv import LoRAConv  # noqa: E402
-from lora_edu.measure import memory_measured, operators, planted, rounding, spectra, timing  # noqa: E402
+from lora_edu.measure import memory_measured, operators, rounding, spectra, timing  # noqa: E402
 from lora_edu.models import sampling  # noqa: E402
 from lora_edu.rivals import methods  # noqa: E402
 from lora_edu.training import bistro, corpora, loop, stacked  # noqa: E402

@@ -192,7 +192,7 @@ def best_part(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     part of real updates keeps, 8 iterations miss a share of 3.5e-6 at most, 4 would miss 3e-4.
     """
     columns = max(2 * rank, 16)                         # fewer cost nearly as much time
-    if min(delta.shape) <= max(512, 2 * columns):       # small, or asked for most of it: all of it costs no more
+    if min(delta.shape) <= max(256, 4 * columns):       # small, or asked for much of it: all of it costs no more
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
         return U[:, :rank].clone(), S[:rank].clone(), Vh[:rank].clone()
     with torch.random.fork_rng([delta.device] if delta.is_cuda else []):

@@ -103,26 +103,28 @@ class Judge:
         return truncate(self.full, factors, rank, rest=rest)
 
     def scores(self, model: nn.Module) -> dict[str, float]:
-        """Shares and cosines, no unit.
+        """Shares and cosines, no unit, each a mean over the texts.
 
-        agreement: texts of which the model says what the full fine-tune says (the class of a reaction; which meaning,
-        or which other reaction, is nearest). right: where that is also the term's own meaning, or a reaction of the
-        same kind. cosine: between the two models' vectors of a text, mean. between: of two different texts' vectors in
-        this model, mean.
+        agreement: the model says what the full fine-tune says (the class of a reaction; which meaning, or which other
+        reaction, is nearest). right: that is also the term's own meaning, or a reaction of the same kind. distance:
+        squared, of its logits or vectors from the full fine-tune's. cosine: with the full fine-tune's vectors.
+        centred: the same, each model's mean vector taken away, so that what all texts have in common does not count.
+        between: of two different texts' vectors in this model.
         """
         if self.name == CLASSES:
-            return {"agreement": _share(self.classes(model) == self._full_answers)}
-        vectors = self.vectors(model)
+            logits = self.run(model, self.ids(self.smiles))
+            return {"agreement": _mean(logits.argmax(-1) == self._full_answers),
+                    "distance": _mean((logits - self._full_outputs).square().sum(-1))}
+        vectors, whole = self.vectors(model), self._full_outputs
         answers, alike = self.nearest(vectors), vectors @ vectors.T
-        found = {"agreement": _share(answers == self._full_answers), "right": self.right(answers),
-                 "cosine": _mean(F.cosine_similarity(vectors, self._full_vectors)),
+        found = {"agreement": _mean(answers == self._full_answers), "right": self.right(answers),
+                 "distance": _mean((vectors - whole).square().sum(-1)),
+                 "cosine": _mean(F.cosine_similarity(vectors, whole)),
+                 "centred": _mean(F.cosine_similarity(vectors - vectors.mean(0), whole - whole.mean(0))),
                  "between": ((alike.sum() - alike.trace()) / (len(vectors) ** 2 - len(vectors))).item()}
         if self.name == SRE:
             found["cosine elsewhere"] = _mean(F.cosine_similarity(self.embed(model, self.elsewhere), self._elsewhere))
         return found
-
-    def classes(self, model: nn.Module) -> torch.Tensor:
-        return self.run(model, self.ids(self.smiles)).argmax(-1)
 
     def nearest(self, vectors: torch.Tensor) -> torch.Tensor:
         """Which meaning is nearest to each term, which other reaction to each reaction: whole numbers."""
@@ -132,7 +134,7 @@ class Judge:
 
     def right(self, answers: torch.Tensor) -> float:
         if self.name == SRE:
-            return _share(answers == torch.arange(len(answers)))
+            return _mean(answers == torch.arange(len(answers)))
         return sum(self.kinds[i] == self.kinds[j] for i, j in enumerate(answers.tolist())) / len(answers)
 
     def vectors(self, model: nn.Module) -> torch.Tensor:
@@ -144,11 +146,11 @@ class Judge:
 
     @cached_property
     def _full_answers(self) -> torch.Tensor:
-        return self.classes(self.full) if self.name == CLASSES else self.nearest(self._full_vectors)
+        return self._full_outputs.argmax(-1) if self.name == CLASSES else self.nearest(self._full_outputs)
 
     @cached_property
-    def _full_vectors(self) -> torch.Tensor:
-        return self.vectors(self.full)
+    def _full_outputs(self) -> torch.Tensor:
+        return self.run(self.full, self.ids(self.smiles)) if self.name == CLASSES else self.vectors(self.full)
 
     @cached_property
     def _elsewhere(self) -> torch.Tensor:
@@ -190,10 +192,6 @@ class Judge:
             found.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) if self.name == SRE
                          else hidden[:, 0])
         return torch.cat(found)
-
-
-def _share(same: torch.Tensor) -> float:
-    return same.double().mean().item()
 
 
 def _mean(values: torch.Tensor) -> float:

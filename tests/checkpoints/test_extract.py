@@ -398,5 +398,5 @@ def test_an_adapter_cut_out_of_a_published_fine_tune_gives_the_cut_models_vector
     adapted = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "lora").eval()
     judge = Judge(SRE, 20)
     texts = [text for pair in operations()[:20] for text in pair]
-    assert (judge.embed(adapted, texts) - judge.embed(oracle, texts)).abs().max() < 1e-5
+    assert (judge.embed(adapted, texts) - judge.embed(oracle, texts)).abs().max() < 1e-4
     assert (judge.embed(adapted, texts) - judge.embed(judge.full, texts)).abs().max() > 1e-3

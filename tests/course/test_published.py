@@ -83,7 +83,7 @@ def test_the_record_is_what_was_measured_before_it_was_made():
         for rank, mean in means.items():
             kept = [row[published.RANKS[1:].index(rank)] for row in rows]
             assert statistics.mean(kept) == pytest.approx(mean, abs=6e-3)
-        eight = [row[3] for row in rows]
+        eight = [row[published.RANKS[1:].index(8)] for row in rows]
         assert (min(eight), max(eight)) == pytest.approx(ends, abs=6e-3)
     for name, size, off in ((SRE, 0.0137, 0.004), (CLASSES, 0.088, 0.1), (FINGERPRINTS, 0.227, 0.02)):
         sizes = [row["change"] for row in pairs[name]["matrices"].values()]
@@ -118,18 +118,23 @@ def test_spectra_through_the_stored_places_have_the_energies_of_the_whole_ones()
 
 
 def test_everything_on_one_axis_ends_at_everything():
-    energy, answers, chance = published.on_one_axis()
-    for lines in (energy, answers, chance):
+    energy, way, chance = published.on_one_axis()
+    for lines in (energy, way, chance):
         for shares, values in lines.values():
             assert len(shares) == len(values) and shares[-1] == 1 and list(shares) == sorted(shares)
     assert all(values[0] == 0 and values[-1] == pytest.approx(1) and values == sorted(values)
                for _, values in (*energy.values(), *chance.values()))
     record = load_record("published_transformers")
-    assert answers[CLASSES][1] == record["pairs"][CLASSES]["cut"]["base"]["agreement"]
-    fig = plot_shares_of_rank(energy, answers, chance, title="Title")
+    cosine = record["pairs"][SRE]["cut"]["base"]["cosine"]          # of vectors of length 1 the distance is 2 - 2 cos
+    assert np.allclose(way[SRE][1], [(each - cosine[0]) / (1 - cosine[0]) for each in cosine], atol=1e-3)
+    assert all(1 / 32 in shares for shares, _ in way.values())
+    for name in PAIRS:
+        assert published.from_spectra(name)["energy"] == pytest.approx(
+            record["pairs"][name]["energy"][published.RANKS.index(8)], abs=3e-3)
+    fig = plot_shares_of_rank(energy, way, chance, title="Title")
     assert [len(ax.get_lines()) for ax in fig.axes] == [7, 4]
     drawn = {line.get_label(): line for line in fig.axes[1].get_lines()}
-    assert np.allclose(drawn[CLASSES].get_ydata(), 100 * np.array(answers[CLASSES][1]))
+    assert np.allclose(drawn[CLASSES].get_ydata(), 100 * np.array(way[CLASSES][1]))
     colors = {line.get_label(): line.get_color() for line in fig.axes[0].get_lines()}
     assert all(line.get_color() == colors[name] for name, line in drawn.items())
 
@@ -184,9 +189,9 @@ def test_the_sentence_vectors_are_those_of_the_models_card(published_weights):
 def test_the_classifier_tells_our_kinds_of_reactions_apart(published_weights):
     """It was trained on others: each of our kinds is one class to it, and no two are the same."""
     judge = Judge(CLASSES, 120)
-    classes = dict(zip(judge.kinds, judge.classes(judge.full).tolist()))
-    assert len(set(classes.values())) == len(KINDS)
-    assert [classes[kind] for kind in judge.kinds] == judge.classes(judge.full).tolist()
+    found = judge.run(judge.full, judge.ids(judge.smiles)).argmax(-1).tolist()
+    classes = dict(zip(judge.kinds, found))
+    assert len(set(classes.values())) == len(KINDS) and [classes[kind] for kind in judge.kinds] == found
 
 
 @pytest.mark.real
@@ -197,7 +202,8 @@ def test_a_row_does_not_depend_on_its_neighbours(name, published_weights):
     rows = judge.ids((*judge.terms, *judge.meanings) if name == SRE else judge.smiles)
     together = judge.run(judge.full, rows)
     assert torch.allclose(together, torch.cat([judge.run(judge.full, [row]) for row in rows]), atol=2e-5)
-    assert judge.scores(judge.full)["agreement"] == 1
+    scores = judge.scores(judge.full)
+    assert scores["agreement"] == 1 and scores["distance"] == 0 and scores.get("centred", 1) == pytest.approx(1)
 
 
 @pytest.mark.real

@@ -130,29 +130,29 @@ def _show_ranks(ax, ranks) -> None:
     ax.set_xlim(-0.3, 1.25 * ranks[-1])
 
 
-def plot_shares_of_rank(energy: dict, answers: dict, chance: dict, title: str) -> Figure:
+def plot_shares_of_rank(energy: dict, way: dict, chance: dict, title: str) -> Figure:
     """Models of different widths on one axis: the rank kept as a share of all directions, against the energy (left) and
-    against what the model so cut says (right).
+    against how far the model so cut has come (right).
 
     Args:
-        energy, answers, chance: ``{"fable": (shares of the rank, shares kept), ...}``, all from 0 to 1, one line each;
+        energy, way, chance: ``{"fable": (shares of the rank, shares kept), ...}``, all from 0 to 1, one line each;
             those of `chance` are drawn thin, beside the energy. A model has one look in both panels.
     """
-    fig, axes = new_figure(width=9.5, height=4.2, columns=2, xlabel="rank kept (% of all directions)")
+    fig, axes = new_figure(width=9.5, height=4.2, columns=2, xlabel="rank kept, as a share of all directions")
     fig.suptitle(title)
-    looks = {name: look(i) | {"linewidth": 2, "markersize": 5} for i, name in enumerate({**energy, **answers})}
+    looks = {name: look(i) | {"linewidth": 2, "markersize": 5} for i, name in enumerate({**energy, **way})}
     least = min(x for shares, _ in energy.values() for x in shares if x > 0)
-    for ax, lines, ylabel in ((axes[0], energy, "energy kept (%)"), (axes[1], answers, "answers kept (%)")):
+    # 0 is drawn as far before the first share as that before its double
+    for ax, lines, ylabel in ((axes[0], energy, "energy kept (%)"), (axes[1], way, "way to the whole fine-tune (%)")):
         for name, (shares, values) in lines.items():
-            # 0 is drawn as far before the first share as that before its double
-            ax.plot([100 * max(x, least / 2) for x in shares], [100 * y for y in values], label=name, **looks[name])
+            ax.plot([max(x, least / 2) for x in shares], [100 * y for y in values], label=name, **looks[name])
         ax.set_xscale("log", base=2)
         ax.set(ylabel=ylabel, ylim=(-3, 103), yticks=range(0, 101, 20))
-        ticks = [100 * least / 2, *(tick for tick in (0.4, 1.6, 6.25, 25, 100) if tick > 70 * least)]
-        ax.set_xticks(ticks, labels=["0", *(f"{tick:.2g}" for tick in ticks[1:-1]), "100"])
+        ax.set_xticks([least / 2, *(4.0**-i for i in range(4, -1, -1))],
+                      labels=["0", *(f"1/{4**i}" for i in range(4, 0, -1)), "1"])
         ax.set_xticks([], minor=True)
     for i, (name, (shares, values)) in enumerate(chance.items()):
-        axes[0].plot([100 * max(x, least / 2) for x in shares], [100 * y for y in values], label=name,
+        axes[0].plot([max(x, least / 2) for x in shares], [100 * y for y in values], label=name,
                      color=NULL_COLORS[3 + i], linestyle=NULL_DASHES[i], linewidth=1.3)
     handles = {line.get_label(): line for ax in axes for line in ax.get_lines()}
     fig.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, frameon=False, fontsize=9)

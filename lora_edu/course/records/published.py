@@ -15,7 +15,7 @@ from lora_edu.course.records.stored import load_record, rounded
 from lora_edu.files import checksum
 from lora_edu.measure.spectra import Factors, Spectrum, factor, gaussian_like, sign_flipped, spectrum
 
-RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+RANKS = (0, 1, 2, 4, 8, 12, 16, 32, 64, 128)      # 12 of 384 are as large a share as 8 of 256
 # places (from 1) of the singular values that are stored
 AT = (*range(1, 17), *range(20, 33, 4), *range(40, 65, 8), *range(80, 129, 16), *range(160, 1025, 32))
 SLICE = 60            # texts of the slice that the notebook measures again
@@ -194,27 +194,35 @@ def published_transformers(n: int = 300, n_ranks: int = len(RANKS)) -> dict:
 
 
 def on_one_axis() -> tuple[dict, dict, dict]:
-    """What `plot_shares_of_rank` draws: energy, answers kept, and chance (of MiniLM's matrices), by the share of all
-    directions that is kept. fable's answers are slots right, those of the published models are the same as the whole
-    fine-tune's.
+    """What `plot_shares_of_rank` draws by the share of all directions that is kept: energy; the share of the way from
+    the base's outputs to the whole fine-tune's (of fable: of the improvement in loss); chance (MiniLM's matrices).
     """
     record, fable = load_record("published_transformers"), load_record("spectra")
     runs = fable.runs(task="bistro", null=None, trains="matrices")
     shares = [rank / fable["settings"]["ranks"][-1] for rank in fable["settings"]["ranks"]]
-    energy, answers = {"fable": (shares, runs.mean("energy"))}, {"fable": (shares, runs.mean("slots"))}
+    energy, way = {"fable": (shares, runs.mean("energy"))}, {"fable": (shares, runs.mean("gain"))}
     for name, pair in record["pairs"].items():
         k = min(next(iter(pair["matrices"].values()))["shape"])
         shares = [rank / k for rank in (*RANKS, k)]
         energy[name] = (shares, [*pair["energy"], 1.0])
-        answers[name] = (shares, pair["cut"]["base"]["agreement"])
+        far = pair["cut"]["base"]["distance"]
+        way[name] = (shares, [1 - each / far[0] for each in far])
     energy["LSTM, four fine-tunes"] = (shares, [_lstm(share) for share in shares])
-    chance = {}
     matrices = record["pairs"][SRE]["matrices"].values()
     shares = [rank / 384 for rank in RANKS] + [1.0]
+    chance = {}
     for what, kept in (("white noise", [record["gaussian"]["x".join(map(str, m["shape"]))] for m in matrices]),
                        ("signs flipped", [m["signs flipped"] for m in matrices])):
         chance[what] = (shares, [0.0, *(sum(column) / len(column) for column in zip(*kept)), 1.0])
-    return energy, answers, chance
+    return energy, way, chance
+
+
+def from_spectra(name: str) -> dict:
+    """`measured_again` without the weights: the energy at rank 8 from the stored singular values alone."""
+    pair = load_record("published_transformers")["pairs"][name]
+    squares = [whole_spectrum(row["sigma"], min(row["shape"])).square() for row in pair["matrices"].values()]
+    kept = sum(s[:8].sum() for s in squares) / sum(s.sum() for s in squares)
+    return {"texts": 0, "rank": 8, "energy": kept.item(), "agreement": pair["slice"]["agreement"]}
 
 
 def _lstm(share: float) -> float:
