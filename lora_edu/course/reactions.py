@@ -25,7 +25,7 @@ KINDS = {
     "ketone reduction": "CC(=O){a}>>CC(O){a}",
     "bromide": "OC{a}>>BrC{a}",
     "acid chloride": "O=C(O){a}>>O=C(Cl){a}",
-    "Suzuki": "OB(O)c1ccc(C)cc1.Br{a}>>Cc1ccc(cc1)-{a2}",
+    "Suzuki": "OB(O)c1ccc(C)cc1.Br{a}>>Cc1ccc(cc1)-{a}",
 }
 
 
@@ -49,6 +49,5 @@ def reactions(n: int = 300, seed: int = 0) -> list[tuple[str, str]]:
 
 def _all_of(kind: str) -> list[str]:
     pattern = KINDS[kind]
-    some = [(a, b) for a in (RINGS if "{a" in pattern else [""]) for b in (CHAINS if "{b" in pattern else [""])]
-    # two rings that are open at once need two numbers
-    return [pattern.format(a=a, b=b, a2=a.replace("1", "2")) for a, b in some]
+    return [pattern.format(a=a, b=b) for a in (RINGS if "{a}" in pattern else [""])
+            for b in (CHAINS if "{b}" in pattern else [""])]

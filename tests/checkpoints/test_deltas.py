@@ -289,6 +289,19 @@ def test_names_that_fit_as_they_are_are_left_alone():
         assert [name for name, _, _ in deltas(other, perturbed(nn.ModuleDict({"bert": other["bert"]})))] == ["bert"]
 
 
+def test_no_tensor_is_lost_where_a_name_is_taken(tmp_path):
+    """The longer side has a "q" of its own, too: its "bert.q" keeps its name."""
+    torch.manual_seed(0)
+    held = {name: torch.randn(3, 3) for name in ("q.weight", "k.weight", "v.weight")}
+    save_file(held, tmp_path / "a.safetensors")
+    save_file({f"bert.{name}": tensor + 1 for name, tensor in held.items()} | {"q.weight": held["q.weight"] + 2},
+              tmp_path / "b.safetensors")
+    with pytest.warns(UserWarning, match="'bert.' is taken from the front of 2 names"):
+        pair = deltas(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert sorted(pair.tuned.names) == ["bert.q.weight", "k.weight", "q.weight", "v.weight"]
+    assert {name: round(delta.mean().item()) for name, _, delta in pair} == {"q": 2, "k": 1, "v": 1}
+
+
 def test_a_tie_is_kept_under_the_other_sides_names():
     base = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     tuned = copy.deepcopy(base)
