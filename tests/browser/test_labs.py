@@ -89,6 +89,11 @@ def control(page, name: str, value: str | None = None):
 # -- what all labs have in common --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", LABS)
+def test_a_lab_says_nothing_that_it_does_not_know(name, made, open_lab):
+    assert not re.search("undefined|NaN|null", open_lab(made(name)).locator("body").inner_text())
+
+
+@pytest.mark.parametrize("name", LABS)
 def test_every_slider_moves_by_key_and_by_pointer(name, made, open_lab):
     page = open_lab(made(name))
     sliders = page.locator("input[type=range]:not([disabled])")
@@ -400,6 +405,16 @@ def test_the_map_hands_a_setting_to_the_trainer(open_lab):
     assert trainer.setting == {"task": "bistro", "rule": "2r", "rank": 16, "alpha": 32, "lr": 0.004}
     page.evaluate("() => window.tell('message', {said: 'in the trainer: all of it'})")
     assert page.get_by_text("in the trainer: all of it").count() == 1
+
+
+def test_of_published_pairs_it_says_energy_and_way_and_no_losses(made, open_lab):
+    lab = made("published")
+    page, at = open_lab(lab), lab.data["ranks"].index(8)
+    for its in lab.data["updates"].values():
+        energy, way = 100 * its["energies"][at], 100 * its["slots"][at]
+        assert f"{energy:.1f}% of all 72 matrices together" in said(page)
+        assert f"every matrix cut to rank 8: of the way to the whole fine-tune {way:.0f}%" in said(page)
+    assert "nats" not in said(page) and page.locator("svg[role=img]").count() == 5
 
 
 def test_the_cut_is_dragged_on_the_spectrum_and_a_matrix_clicked_on_the_map(made, open_lab):

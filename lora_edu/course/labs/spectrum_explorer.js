@@ -101,8 +101,9 @@ export default { render({ model, el }) {
       : `${percent((first - now) / (first - last))} of the improvement`;
     return `${name}, layer ${state.layer}, ${state.matrix} (${data.shapes[state.matrix].join(" × ")}): rank ${state.rank} keeps ${percent(kept(sigma, state.rank), 1)} of its energy, ` +
       `${percent(its.energies[at], 1)} of all ${layers.length * matrices.length} matrices together; 90% needs rank ${needs[name][place(state)]}; ` +
-      `${its.above[place(state)]} singular values above the edge of white noise\n  every matrix cut to rank ${state.rank}: loss on ${its.measured_on} ${now.toFixed(2)} nats per token ` +
-      `(base ${first.toFixed(2)}, whole update ${last.toFixed(2)})${at ? `, ${share}` : ", the base itself"}${its.slots ? `; slots right ${percent(its.slots[at])}` : ""}`;
+      `${its.above[place(state)]} singular values above the edge of white noise\n  every matrix cut to rank ${state.rank}: ` + [its.losses && `loss on ${its.measured_on} ${now.toFixed(2)} nats per token ` +
+      `(base ${first.toFixed(2)}, whole update ${last.toFixed(2)})${at ? `, ${share}` : ", the base itself"}`,
+      its.slots && `${data.share} ${percent(its.slots[at])}`].filter(Boolean).join("; ");
   }).join("\n");
   return page.start();
 } };

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lora_edu.course.figures.spectra import plot_spectra, rising_ranks
 from lora_edu.course.labs.lab import Lab
 from lora_edu.course.published import PAIRS
-from lora_edu.course.records.published import whole_spectrum
+from lora_edu.course.records.published import way_come, whole_spectrum
 from lora_edu.course.records.stored import load_record, rounded
 from lora_edu.measure.spectra import Spectrum, gaussian_like, spectrum
 
@@ -83,9 +83,9 @@ def published_explorer(base: str) -> Lab:
                 (rows, columns), k = row["shape"], min(row["shape"])
                 parts[name][place] = (torch.empty(rows, k, device="meta"), whole_spectrum(row["sigma"], k),
                                       torch.empty(k, columns, device="meta"))
-        kept[name] = its["cut"]["base"]["agreement"]
-    return spectrum_explorer(parts, [*record["settings"]["ranks"], k], {}, {}, kept, share="answers as the whole "
-                             "fine-tune's")
+        kept[name] = way_come(its)
+    return spectrum_explorer(parts, [*record["settings"]["ranks"], k], {}, {}, kept, share="of the way to the whole "
+                             "fine-tune")
 
 
 def _short(module: str) -> str | None:

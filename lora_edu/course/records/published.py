@@ -193,6 +193,14 @@ def published_transformers(n: int = 300, n_ranks: int = len(RANKS)) -> dict:
             "pairs": pairs, "shared": shared(factors[CLASSES], factors[FINGERPRINTS])}
 
 
+def way_come(pair: dict) -> list[float]:
+    """Of one pair of the record, for each rank: which share of the squared distance between the base's outputs and the
+    whole fine-tune's is no longer there, beside the base's rest.
+    """
+    far = pair["cut"]["base"]["distance"]
+    return [1 - each / far[0] for each in far]
+
+
 def on_one_axis() -> tuple[dict, dict, dict]:
     """What `plot_shares_of_rank` draws by the share of all directions that is kept: energy; the share of the way from
     the base's outputs to the whole fine-tune's (of fable: of the improvement in loss); chance (MiniLM's matrices).
@@ -205,8 +213,7 @@ def on_one_axis() -> tuple[dict, dict, dict]:
         k = min(next(iter(pair["matrices"].values()))["shape"])
         shares = [rank / k for rank in (*RANKS, k)]
         energy[name] = (shares, [*pair["energy"], 1.0])
-        far = pair["cut"]["base"]["distance"]
-        way[name] = (shares, [1 - each / far[0] for each in far])
+        way[name] = (shares, way_come(pair))
     energy["LSTM, four fine-tunes"] = (shares, [_lstm(share) for share in shares])
     matrices = record["pairs"][SRE]["matrices"].values()
     shares = [rank / 384 for rank in RANKS] + [1.0]

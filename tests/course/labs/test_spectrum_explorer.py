@@ -112,7 +112,8 @@ def test_the_published_pairs_are_those_of_the_record():
         assert list(data["updates"]) == names and data["layers"] == list(range(layers)) and len(data["matrices"]) == 6
         for name in names:
             its, pair = data["updates"][name], record["pairs"][name]
-            assert its["slots"] == pair["cut"]["base"]["agreement"]
+            far = pair["cut"]["base"]["distance"]
+            assert np.allclose(its["slots"], 1 - np.array(far) / far[0]) and its["slots"][0] == 0
             assert np.allclose(its["energies"][:-1], pair["energy"], atol=5e-3)
             for place, ending in (("3 value", "layer.3.attention.self.value"), ("3 output", "layer.3.output.dense"),
                                   ("5 attn output", "layer.5.attention.output.dense")):
