@@ -9,6 +9,7 @@ same steps and rate, three ways: random tokens as targets, cards paired with the
 what the model knows already. What the real ΔW shares with these is not a sign of learning.
 """
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -57,6 +58,16 @@ class Task:
     def batches(self, steps: int, seed: int, null: str | None = None, rows: int = BATCH) -> Iterator[Batch]:
         """See `training_batches`."""
         return training_batches(self.tokenizer, self.name, steps, seed, null, rows)
+
+    def floor(self) -> float:
+        """The loss on the test cards of a model that knows bistro's grammar and each of its choices' odds, nats per
+        token: no model is below it but by chance.
+        """
+        pairs = bistro.examples("test", len(self.cards))
+        choices = sum(math.log(len(bistro.TEMPLATES)) + sum(math.log(len(bistro.PHRASES[slot][value]))
+                                                            for slot, value in card.items() if slot != "name")
+                      for card, _ in pairs)
+        return choices / sum((targets != -100).sum().item() for _, targets in self.test)
 
     def slots(self, model: nn.Module, cards: int | None = None) -> bistro.SlotScore:
         """What the model writes of the test cards, or of the first so many, judged slot by slot."""

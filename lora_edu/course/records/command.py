@@ -12,6 +12,9 @@ FOLDER]
     two_rates         ranks 8 and 64 with alpha and the rate both free (after rank_alpha)
     planted_rank      students of teachers whose rank is known
     methods           seven methods on restaurants, equal budgets
+    plateau           LoRA and full fine-tuning until neither gains (after lora_beside_full)
+    placements_docs   the placements on documentation
+    optimizers        full fine-tuning by SGD, and its spectrum
     latency           what each of them costs in time when it is used
     published_transformers  three published fine-tunes, nothing trained (after `python dev.py real minilm sre rxnfp`)
     real_model        LoRA and full fine-tuning of SmolLM2-135M-Instruct beside fable (after `python dev.py real`)
@@ -28,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from lora_edu.course.records import comparisons, from_scratch, merging, published, rank, real, spectra
+from lora_edu.course.records import comparisons, from_scratch, merging, published, rank, real, spectra, verdicts
 from lora_edu.course.records.stored import store_record
 
 # name -> how to make it from the command's options
@@ -44,6 +47,9 @@ EXPERIMENTS = {
     "two_rates": lambda options: rank.two_rates(scratch=options.scratch),
     "planted_rank": lambda options: rank.planted_rank(),
     "methods": lambda options: merging.methods(options.tales, scratch=options.scratch),
+    "plateau": lambda options: verdicts.plateau(options.tales, scratch=options.scratch),
+    "placements_docs": lambda options: verdicts.placements_docs(scratch=options.scratch),
+    "optimizers": lambda options: verdicts.optimizers(scratch=options.scratch),
     "latency": lambda options: merging.latency(),
     "published_transformers": lambda options: published.published_transformers(),
     "real_model": lambda options: real.real_model(scratch=options.scratch),
@@ -60,7 +66,7 @@ def main() -> None:
     parser.add_argument("--pair", metavar="FOLDER",
                         help="published_pair: where base.safetensors and ft_*.safetensors are")
     parser.add_argument("--scratch", metavar="FOLDER",
-                        help="rank_alpha, rank_seeds, two_rates, methods, real_model: keep finished runs, to go on")
+                        help="keep finished runs there, to go on (what takes long can)")
     options = parser.parse_args()
     if options.scratch:
         Path(options.scratch).mkdir(parents=True, exist_ok=True)
