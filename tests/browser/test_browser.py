@@ -12,7 +12,7 @@ pytestmark = pytest.mark.browser
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # Two dials; the picture; the picker; the explorer; the trainer, the map, and the trainer below it; the calculator; the
 # merge lab.
-LABS = {"00_": 2, "01_": 1, "02_": 1, "03_": 1, "04_": 3, "05_": 1, "06_": 1, "08_": 2}
+LABS = {"00_": 2, "01_": 1, "02_": 1, "03_": 2, "04_": 3, "05_": 1, "06_": 1, "08_": 2}
 WRITTEN = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name.startswith(tuple(LABS))]
 WALK = [pytest.param(path, id=path.stem, marks=[] if path.name.startswith("00_") else pytest.mark.full)
         for path in WRITTEN]
