@@ -9,6 +9,7 @@ import torch
 from lora_edu import load_pretrained
 from lora_edu.course.records import verdicts
 from lora_edu.course.records.runs import tales_to_forget
+from lora_edu.course.records.stored import load_record
 from lora_edu.course.tasks import Task, full_fine_tune
 from lora_edu.training import bistro
 from lora_edu.training.loop import evaluate
@@ -80,3 +81,11 @@ def test_the_floor_is_the_entropy_of_the_grammar():
     tokens = sum((targets != -100).sum().item() for _, targets in task.test)
     assert task.floor() * tokens == pytest.approx(surprise, abs=0.05)
     assert Task("bistro", tokenizer, 400).floor() == pytest.approx(0.1350, abs=1e-4)
+
+
+def test_the_stored_rate_of_sgd_lies_inside_its_grid():
+    record = load_record("optimizers")
+    rates = sorted(run["lr"] for run in record["tuning"])
+    best = min(record["tuning"], key=lambda run: run["valid"])["lr"]
+    assert rates[0] < best < rates[-1] and all(run["lr"] == best for run in record["runs"])
+    assert [run["seed"] for run in record["runs"]] == record["settings"]["seeds"] == [1, 2, 3]
