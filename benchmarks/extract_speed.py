@@ -128,7 +128,7 @@ def time_fable(runs: int) -> None:
 
 
 def time_published(runs: int) -> None:
-    """MiniLM to SRE and rxnfp to 50 classes: matrices this small are decomposed whole by both, so a tie is expected."""
+    """MiniLM to SRE, and rxnfp to 50 classes, whose matrices of 256 are decomposed whole by both: a tie at best."""
     from lora_edu.course.page.real_model import real_copy
     from lora_edu.course.published import CLASSES, PAIRS, SRE, are_there
     for name in (SRE, CLASSES) if are_there() else ():

@@ -11,6 +11,7 @@ import torch
 
 from lora_edu.checkpoints.deltas import deltas
 from lora_edu.course.page.real_model import real_copy
+from lora_edu.course.records.published import phi
 from lora_edu.course.records.real import SEEDS, Bench
 from lora_edu.course.records.stored import load_record, rounded
 from lora_edu.lora.factors import lora_layers
@@ -50,10 +51,9 @@ def shared(one: Factors, other: Factors) -> dict[str, list[float]]:
         rows = []
         for name, (_, U, S, Vh) in one.parts.items():
             _, V, _, Wh = other.parts[name]
-            rows.append([(U[:, :k].T @ V[:, :k]).square().sum() / k, (Vh[:k] @ Wh[:k].T).square().sum() / k,
-                         torch.tensor(k / len(U)), torch.tensor(k / Vh.shape[1])])
+            rows.append((phi(U[:, :k], V[:, :k]), phi(Vh[:k].T, Wh[:k].T), k / len(U), k / Vh.shape[1]))
         for what, column in zip(found, zip(*rows)):
-            found[what] += rounded([torch.stack(column).double().mean()])
+            found[what] += rounded([sum(column) / len(column)])
     return found
 
 

@@ -148,15 +148,21 @@ def of_a_base(folder: str, factors: Factors) -> dict:
             "rank 90": {name: int(its.rank_for(0.9)) for name, its in spectra.items()}}
 
 
+def phi(one: torch.Tensor, other: torch.Tensor) -> float:
+    """How much two subspaces share, 0 to 1: the squared cosines of the angles between them, mean; bases are
+    orthonormal, (side, k). By chance it is k over the side. Source: Hu et al. (2021), section 7.2.
+    """
+    return (one.T @ other).square().sum().item() / one.shape[1]
+
+
 def shared(one: Factors, other: Factors, k: int = SHARED) -> dict:
-    """How much of k leading directions two fine-tunes of one base share, 0 to 1: the squared cosines of the angles
-    between the two subspaces, mean (Hu et al. 2021, section 7.2: phi), on the output side (left) and the input side;
-    chance is k over the side.
+    """`phi` of the k leading directions of two fine-tunes of one base, on the output side (left) and the input side,
+    and the cosine of the updates.
     """
     rows, inners, squares = {}, 0.0, [0.0, 0.0]
     for name, (_, U, S, Vh) in one.parts.items():
         _, V, T, Wh = other.parts[name]
-        left, right = ((a.T @ b).square().sum().item() / k for a, b in ((U[:, :k], V[:, :k]), (Vh[:k].T, Wh[:k].T)))
+        left, right = phi(U[:, :k], V[:, :k]), phi(Vh[:k].T, Wh[:k].T)
         inner = ((U * S).T @ (V * T) * (Vh @ Wh.T)).sum().item()
         inners, squares = inners + inner, [squares[0] + S.square().sum().item(), squares[1] + T.square().sum().item()]
         rows[name] = rounded([left, right, k / len(U), k / Vh.shape[1], inner / (S.norm() * T.norm())])
