@@ -36,7 +36,8 @@ class LoRAConv(LoRALinear):
         return update.reshape(self.base_layer.weight.shape)
 
     def _add_update(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.lora_A.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         A, B = (factor.reshape(shape) for factor, shape in zip((self.lora_A, self.lora_B), self.file_shapes))

@@ -205,7 +205,8 @@ class LoRALinear(nn.Module):
 
     def _add_update(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + scaling * x @ lora_A.T @ lora_B.T: two thin products, never the full B A."""
-        x = x.to(self.lora_A.dtype)                               # a 16-bit base: made in float32, as in PEFT
+        if not torch.is_autocast_enabled(x.device.type):          # else narrowed again, one copy kept a layer
+            x = x.to(self.lora_A.dtype)                           # a 16-bit base: made in float32, as in PEFT
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         low = x.reshape(-1, self.in_features) @ self.lora_A.T     # (N, rank)

@@ -193,9 +193,9 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
         length: tokens of a text; 2,048, or the model's context where that is shorter.
         checkpointing: each block keeps its input alone and is computed again in the backward pass.
 
-    "temporary" is the larger of two moments: the logits with their gradient, and, with checkpointing, the one block
-    that is there again. "allocator" is an allowance of 5 % on what comes and goes, a guess and no prediction: a CPU's
-    accounting does not need it.
+    "temporary" is the larger of two moments: the loss going back through the logits, in two float32 copies whatever
+    the recipe, and, with checkpointing, the one block that is there again. "allocator" is an allowance of 5 % on what
+    comes and goes, a guess and no prediction: a CPU's accounting does not need it.
 
     Raises:
         ValueError: an unknown name, a batch or length that is no whole number above zero, a length beyond the context,
@@ -228,7 +228,7 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
     tensors = [(1, row) for row in (*_kept_outside(sizes, batch, length, full, act), *blocks[0])]
     tensors += [(sizes.layers - 1, row) for row in blocks[1] if sizes.layers > 1]
     parts["activations"] = sum(times * row.bytes for times, row in tensors)
-    parts["temporary"] = max(N * sizes.vocab * (act + 4), again)
+    parts["temporary"] = max(8 * N * sizes.vocab, again)
     parts["allocator (an allowance)"] = 0.05 * (parts["activations"] + parts["temporary"])
     name = model if isinstance(model, str) else f"a {sizes.kind} model"
     return Bill(name, P, trainable, parts, tuple(tensors), recipe, length)

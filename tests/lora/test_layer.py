@@ -165,6 +165,24 @@ def test_16_bit_base_with_float32_factors_equals_peft(low):
     torch.testing.assert_close(y, other(x), rtol=torch.finfo(low).eps, atol=1e-6)   # one rounding at the end
 
 
+def test_autocast_makes_the_numbers_of_peft_and_the_same_gradients():
+    """Oracle: PEFT, which widens the input and lets autocast narrow it again."""
+    torch.manual_seed(0)
+    layer = trained(linear(32, 32), 4, 6, dtype=torch.bfloat16)
+    other = peft_layer(copy.deepcopy(layer.base_layer), 4, 6)
+    theirs = factors(other, "peft")
+    for mine, its in zip((layer.lora_A, layer.lora_B), theirs):
+        its.data = mine.data.clone()
+    x = torch.randn(7, 32).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, reference = layer(x), other(x)
+        (ours.float() ** 2).sum().backward()
+        (reference.float() ** 2).sum().backward()
+    torch.testing.assert_close(ours, reference, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-2)
+    for mine, its in zip((layer.lora_A, layer.lora_B), theirs):
+        assert (mine.grad - its.grad).norm() < 0.01 * its.grad.norm()
+
+
 def test_autocast_gives_16_bits_and_stays_near():
     layer = trained(linear(32, 16), dtype=torch.float32)
     x = torch.randn(4, 32)

@@ -5,7 +5,7 @@ from lora_edu.course.page.exercises import Verdict, check, check_choice, not_att
 from lora_edu.measure.memory import Bill, bill
 from lora_edu.models.sizes import Sizes
 
-CARD, TASK = "L4", dict(model="llama-3.1-8b", length=1024, rank=16)      # exercise 5.4: what is settled
+CARD, USED, TASK = "L4", 0.9, dict(model="llama-3.1-8b", length=1024, rank=16)      # exercise 5.4: what is settled
 
 
 def check_adam_bytes(student) -> Verdict:
@@ -63,10 +63,10 @@ def check_fit(choice) -> Verdict:
         said = _billed(recipe, batch, checkpointing)
     except (TypeError, ValueError) as error:
         return say("5.4", False, f"{choice!r} cannot be billed: {error}")
-    room = CARDS[CARD] * GB
+    room = USED * CARDS[CARD] * GB
     if said.total > room:
         largest = max(said.parts, key=said.parts.get)
-        return say("5.4", False, f"{said.total / GB:.1f} GB do not fit in {CARDS[CARD]}; the largest part is "
+        return say("5.4", False, f"{said.total / GB:.1f} GB do not fit in {room / GB:.1f}; the largest part is "
                                  f"{largest}, {said.parts[largest] / GB:.1f} GB.")
     if batch < most(recipe, checkpointing):
         return say("5.4", False, f"{said.total / GB:.1f} GB: it fits, and with {recipe} "
@@ -75,13 +75,13 @@ def check_fit(choice) -> Verdict:
     if batch < best:
         return say("5.4", False, f"{batch} is the most for these two; another recipe, "
                                  f"or checkpointing, has room for {best}.")
-    return say("5.4", True, f"correct: {said.total / GB:.1f} GB of {CARDS[CARD]}, and the largest batch there is.")
+    return say("5.4", True, f"correct: {said.total / GB:.1f} GB of {room / GB:.1f}, and the largest batch there is.")
 
 
 def most(recipe: str, checkpointing: bool) -> int:
     """The largest batch that fits the card; 0 where none does."""
     batch = 0
-    while _billed(recipe, batch + 1, checkpointing).total <= CARDS[CARD] * GB:
+    while _billed(recipe, batch + 1, checkpointing).total <= USED * CARDS[CARD] * GB:
         batch += 1
     return batch
 

@@ -62,7 +62,7 @@ export function bill(sizes, { method, rank, targets, recipe, optimizer, batch, l
   const again = checkpointing ? block(false) : 0, one = N * sizes.hidden * act;
   const activations = outside(sizes, batch, length, full, act) + (checkpointing ? sizes.layers * one
     : block(!full) + (sizes.layers - 1) * block(false));
-  const temporary = Math.max(N * sizes.vocab * (act + 4), again);
+  const temporary = Math.max(8 * N * sizes.vocab, again);
   const parts = {
     "weights": full ? P * trained : linear * frozen + (P - linear) * other,
     "adapter": full ? 0 : trainable * adapterBytes,
