@@ -154,7 +154,7 @@ def rivals(device):
         found += [step.loss for step in loop.train(model, bistro.batches(tokenizer, 1, BATCH_SIZE), 1, lr=1e-3)]
         found.append(loop.evaluate(model.eval(), bistro.heldout(tokenizer, 2)))
         found.append(model.generate(ids_of(tokenizer), 2, temperature=0.0))
-    methods.variants(fable(device)[0], rank=1, bottleneck=2, prefix=3)
+    methods.variants(fable(device)[0], rank=1, bottleneck=2, prefix=3, narrow=1)
     return found
 
 

@@ -11,7 +11,7 @@ from lora_edu.course.figures.curves import (
 )
 from lora_edu.course.figures.matrices import plot_levels, plot_picture_ranks, plot_singular_values, sample_picture
 from lora_edu.course.figures.memory import plot_beside, plot_bills
-from lora_edu.course.figures.merging import plot_latency, plot_methods_plane
+from lora_edu.course.figures.merging import plot_gain_kept, plot_latency, plot_methods_plane
 from lora_edu.course.figures.rates import plot_rank_curves, plot_rates, plot_update_sizes
 from lora_edu.course.figures.spectra import (
     plot_density,

@@ -82,7 +82,8 @@ def solved_cards(tokenizer, length: int = POSITIONS, seed: int = 0) -> torch.Ten
     return torch.tensor([encode(tokenizer, text)[:length]])
 
 
-def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int = 76) -> dict[str, nn.Module]:
+def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int = 76,
+             narrow: int = 38) -> dict[str, nn.Module]:
     """The base as it is and changed by each method, in eval mode; `base` itself is left alone.
 
     Every variant has weights of its own. With shared ones, whoever runs after a variant with the same weights finds
@@ -94,16 +95,17 @@ def variants(base: nn.Module, rank: int = 8, bottleneck: int = 38, prefix: int =
         rank: of LoRA on all linear layers; lora_B is random, so that a merge has something to fold in.
         bottleneck: of the two adapters of a block (Houlsby); a single one (Lin) has twice as many, for about the same
             count.
-        prefix: trainable keys and values a layer, counted in positions. The defaults are equal budgets on fable, within
-            2 %.
+        prefix: trainable keys and values a layer, counted in positions.
+        narrow: the rank of a LoRA on queries and values alone. The defaults are equal budgets on fable, within 2 %.
     """
     made = {name: copy.deepcopy(base)
-            for name in ("base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)",
-                         "adapters (one a block)", "prefix")}
+            for name in ("base", "LoRA", "LoRA merged", "merged and unloaded", "LoRA on q and v",
+                         "adapters (two a block)", "adapters (one a block)", "prefix")}
     with torch.random.fork_rng():
-        for name in list(made)[1:4]:
+        for name in list(made)[1:5]:
             torch.manual_seed(0)                       # the same factors three times
-            apply_lora(made[name], "all-linear", rank, 2 * rank)
+            targets, r = (["q_proj", "v_proj"], narrow) if name == "LoRA on q and v" else ("all-linear", rank)
+            apply_lora(made[name], targets, r, 2 * r)
             for _, layer in lora_layers(made[name]):
                 nn.init.normal_(layer.lora_B, std=0.02)
         merge_lora(made["LoRA merged"])

@@ -31,7 +31,7 @@ def loud():
 
 @pytest.fixture(scope="module")
 def models():
-    return variants(loud(), rank=2, bottleneck=3, prefix=4)
+    return variants(loud(), rank=2, bottleneck=3, prefix=4, narrow=3)
 
 
 def test_a_drift_of_the_machine_cancels_in_the_paired_ratio():
@@ -217,8 +217,8 @@ def test_who_runs_more_operators_than_the_base(models):
     products = {name: matrix_products(names) for name, names in seen.items()}
     base = 7 * LAYERS + 1
     assert products == {"base": base, "LoRA": base + 2 * 7 * LAYERS, "LoRA merged": base, "merged and unloaded": base,
-                        "adapters (two a block)": base + 4 * LAYERS, "adapters (one a block)": base + 2 * LAYERS,
-                        "prefix": base}
+                        "LoRA on q and v": base + 4 * LAYERS, "adapters (two a block)": base + 4 * LAYERS,
+                        "adapters (one a block)": base + 2 * LAYERS, "prefix": base}
 
 
 def test_how_deep_the_work_is(models):
@@ -228,8 +228,8 @@ def test_how_deep_the_work_is(models):
     depth = {name: chained_products(model, IDS) for name, model in models.items()}
     base = 4 * LAYERS + 1
     assert depth == {"base": base, "LoRA": base + 4 * LAYERS, "LoRA merged": base, "merged and unloaded": base,
-                     "adapters (two a block)": base + 4 * LAYERS, "adapters (one a block)": base + 2 * LAYERS,
-                     "prefix": base}
+                     "LoRA on q and v": base + LAYERS, "adapters (two a block)": base + 4 * LAYERS,
+                     "adapters (one a block)": base + 2 * LAYERS, "prefix": base}
 
 
 def test_a_chain_is_counted_whatever_trains_and_the_model_is_left_alone():
@@ -272,10 +272,11 @@ def test_the_variants_say_what_they_should(models):
     assert torch.equal(base, loud()(IDS)) and not torch.allclose(lora, base, atol=1e-2)
     assert torch.equal(merged, unloaded)
     torch.testing.assert_close(merged, lora, atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(others[2], base, atol=1e-3)      # a prefix is seen; adapters start as the identity
+    assert not torch.allclose(others[3], base, atol=1e-3)      # a prefix is seen; adapters start as the identity
     wrapped = {name: sum(isinstance(module, LoRALinear) for module in model.modules())
                for name, model in models.items()}
-    assert wrapped == dict.fromkeys(models, 0) | {"LoRA": 7 * LAYERS, "LoRA merged": 7 * LAYERS}
+    assert wrapped == dict.fromkeys(models, 0) | {"LoRA": 7 * LAYERS, "LoRA merged": 7 * LAYERS,
+                                                      "LoRA on q and v": 2 * LAYERS}
     assert all(layer.merged == (name == "LoRA merged") for name, model in models.items() for layer in model.modules()
                if isinstance(layer, LoRALinear))
     assert not any(module.training for model in models.values() for module in model.modules())
@@ -284,10 +285,10 @@ def test_the_variants_say_what_they_should(models):
 def test_the_base_and_the_random_numbers_are_left_alone():
     base = loud().train()
     before, state = {name: p.clone() for name, p in base.named_parameters()}, torch.get_rng_state()
-    made = variants(base, rank=2, bottleneck=3, prefix=4)
+    made = variants(base, rank=2, bottleneck=3, prefix=4, narrow=3)
     assert torch.equal(torch.get_rng_state(), state) and base.training
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in base.named_parameters())
-    again = variants(base, rank=2, bottleneck=3, prefix=4)
+    again = variants(base, rank=2, bottleneck=3, prefix=4, narrow=3)
     for name, model in made.items():
         assert all(torch.equal(p, same)
                    for p, same in zip(model.parameters(), again[name].parameters(), strict=True)), name
@@ -305,5 +306,5 @@ def test_the_defaults_are_equal_budgets_on_fable():
     counts = {name: sum(p.numel() for p in model.parameters() if p.requires_grad)
               for name, model in variants(load_pretrained()[0]).items()}
     assert counts["LoRA"] == 156_160
-    for name in ("adapters (two a block)", "adapters (one a block)", "prefix"):
+    for name in ("LoRA on q and v", "adapters (two a block)", "adapters (one a block)", "prefix"):
         assert counts[name] == pytest.approx(counts["LoRA"], rel=0.02), name

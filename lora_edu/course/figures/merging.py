@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
+from lora_edu.course.figures.curves import plot_loss_curves
 from lora_edu.course.page.show import BLACK, BLUE, COLORS, GREY, LABELS, MARKERS, VERMILLION, new_figure
 from lora_edu.measure.timing import Ratio
 
@@ -104,6 +105,21 @@ def plot_methods_plane(points: dict, base: tuple[float, float], title: str, floo
     ax.minorticks_off()
     ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"))
     _name(ax, means)
+    return fig
+
+
+def plot_gain_kept(curves: dict, marks: dict, title: str) -> Figure:
+    """What of an adapter's gain a merge leaves, over the size of its update (log scale): ``{"bfloat16": [(size, share),
+    ...]}``; `marks` are sizes of updates that somebody trained, dotted, by name.
+    """
+    fig = plot_loss_curves(curves, title, ylabel="share of the gain kept (no unit)", xlabel="‖ΔW‖ / ‖W₀‖, log scale")
+    ax = fig.axes[0]
+    ax.set(xscale="log", ylim=(-0.05, 1.1))
+    for name, size in marks.items():
+        ax.axvline(size, color=GREY, linestyle=":", linewidth=1.2)
+        ax.annotate(name, (size, 0.02), xytext=(2, 0), textcoords="offset points", rotation=90, fontsize=8,
+                    color=BLACK, va="bottom")
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
     return fig
 
 

@@ -85,8 +85,9 @@ def article_rows() -> list[dict[str, str]]:
 
 
 def ledger() -> Table:
-    """The claims made so far in this notebook, in the order they were first made."""
-    return Table(("claim", "source", "verdict"), list(_rows.values()))
+    """The claims made so far in this notebook, in the order they were first made; what the article says comes first."""
+    return Table(("claim", "source", "verdict"),
+                 sorted(_rows.values(), key=lambda row: not row[1].startswith("the article, ")))
 
 
 def article_ledger() -> Table:

@@ -33,14 +33,15 @@ RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (8e-3, 1.6e-2, 3.2e-2), "adapters (
 
 
 def equal_budget(config: LlamaConfig, rank: int = RANK) -> dict[str, int]:
-    """The bottleneck (two adapters a block) and the prefix that train about as many numbers as LoRA on all linear
-    layers.
+    """The bottleneck (two adapters a block), the prefix and the rank on queries and values alone that train about as
+    many numbers as LoRA on all linear layers.
     """
     C, q, kv, wide = (config.hidden_size, config.num_attention_heads * config.head_dim,
                       config.num_key_value_heads * config.head_dim,
                       config.intermediate_size)
     lora = rank * (2 * (C + q) + 2 * (C + kv) + 3 * (C + wide))          # of one block
-    return {"bottleneck": round((lora / 2 - C) / (2 * C + 1)), "prefix": round(lora / (2 * kv))}
+    return {"bottleneck": round((lora / 2 - C) / (2 * C + 1)), "prefix": round(lora / (2 * kv)),
+            "narrow": min(round(lora / (2 * C + q + kv)), q, kv)}
 
 
 def table(times: Times, calls: int = 1) -> dict[str, dict[str, float]]:

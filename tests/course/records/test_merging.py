@@ -17,8 +17,8 @@ from tests.lora.tiny import our_llama
 
 pytestmark = pytest.mark.slow
 
-VARIANTS = ["base", "LoRA", "LoRA merged", "merged and unloaded", "adapters (two a block)", "adapters (one a block)",
-            "prefix"]
+VARIANTS = ["base", "LoRA", "LoRA merged", "merged and unloaded", "LoRA on q and v",
+            "adapters (two a block)", "adapters (one a block)", "prefix"]
 
 
 def on(patch, device_type):
@@ -49,11 +49,11 @@ def test_both_models_at_the_shapes_that_a_cpu_can_do(made):
 def test_the_settings_are_there(made):
     settings = made["settings"]
     assert (settings["rank"], settings["rounds"], settings["tokens decoded"]) == (8, 5, 8)
-    assert {key: settings[key] for key in ("bottleneck", "prefix")} == equal_budget(our_llama().config)
+    assert {key: settings[key] for key in ("bottleneck", "prefix", "narrow")} == equal_budget(our_llama().config)
     for found, kv_heads in zip(made["models"].values(), (1, 2), strict=True):
         model = our_llama(positions=512, kv_heads=kv_heads)
         assert found["dtype"] == "float32" and found["parameters"] == sum(p.numel() for p in model.parameters())
-        assert {key: found[key] for key in ("bottleneck", "prefix")} == equal_budget(model.config)
+        assert {key: found[key] for key in ("bottleneck", "prefix", "narrow")} == equal_budget(model.config)
     json.dumps(made, allow_nan=False)
 
 
@@ -80,7 +80,7 @@ def test_the_operators_are_counted(made):
         assert list(seen) == list(products) == VARIANTS
         assert seen["base"] == seen["LoRA merged"] == seen["merged and unloaded"] < min(seen["LoRA"],
                                                                                         seen["adapters (one a block)"])
-        assert [products[name] for name in VARIANTS] == [15, 15 + 28, 15, 15, 15 + 8, 15 + 4, 15]
+        assert [products[name] for name in VARIANTS] == [15, 15 + 28, 15, 15, 15 + 8, 15 + 8, 15 + 4, 15]
 
 
 def test_decoding_at_one_length_is_measured_once(made):
