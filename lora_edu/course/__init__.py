@@ -9,7 +9,13 @@ from lora_edu.course.figures.curves import (
                                             plot_points,
                                             plot_two_losses,
 )
-from lora_edu.course.figures.matrices import plot_levels, plot_picture_ranks, plot_singular_values, sample_picture
+from lora_edu.course.figures.matrices import (
+    plot_block,
+    plot_levels,
+    plot_picture_ranks,
+    plot_singular_values,
+    sample_picture,
+)
 from lora_edu.course.figures.memory import plot_beside, plot_bills
 from lora_edu.course.figures.merging import plot_gain_kept, plot_latency, plot_methods_plane
 from lora_edu.course.figures.rates import plot_rank_curves, plot_rates, plot_update_sizes
@@ -39,9 +45,9 @@ from lora_edu.tables import Table
 
 __all__ = ["Table", "alpha_dial", "article_ledger", "better", "calibration", "claim", "grid_explorer", "guess",
            "keep_in", "learn_forget_plane", "ledger", "live_trainer", "load_record", "machine", "memory_calculator",
-           "merge_lab", "plot_bands", "plot_bars", "plot_beside", "plot_bills", "plot_density", "plot_latency",
-           "plot_layers", "plot_levels", "plot_loss_curves", "plot_methods_plane", "plot_parts",
-           "plot_picture_ranks", "plot_points", "plot_rank_curves", "plot_rates", "plot_shares_of_rank",
+           "merge_lab", "plot_bands", "plot_bars", "plot_beside", "plot_bills", "plot_block", "plot_density",
+           "plot_gain_kept", "plot_latency", "plot_layers", "plot_levels", "plot_loss_curves", "plot_methods_plane",
+           "plot_parts", "plot_picture_ranks", "plot_points", "plot_rank_curves", "plot_rates", "plot_shares_of_rank",
            "plot_singular_values", "plot_spectra", "plot_two_losses", "plot_update_sizes", "plot_what_is_kept",
            "published_explorer", "rank_picture", "real_model", "sample_picture", "show", "spectrum_explorer",
            "target_picker", "tie"]

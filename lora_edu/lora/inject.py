@@ -86,7 +86,7 @@ class LoRAReport(ShowsTables):
         said = (f"rank {self.rank}, alpha {self.alpha:g}, scaling {self.scaling:g}" if len(ranks) == len(scalings) == 1
                 else f"rank {_from_to(ranks)}, scaling {_from_to(scalings)}")
         return (f"{said}: {self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%}); "
-                f"the adapter is {self.adapter_bytes:,} bytes, merging keeps {self.merge_bytes:,} more in memory."
+                f"the adapter is {self.adapter_bytes:,} bytes, merging keeps {self.merge_bytes:,} more of them."
                 + f" Left out as the output head: {shorten(self.head)}." * bool(self.head)
                 + f" {self.note}" * bool(self.note))
 

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from lora_edu.course.page.show import BLACK, BLUE, COLORS, GREY, LABELS, MARKERS, SKY, look, new_figure
 
 
+GRAMMAR = "entropy of the grammar: no model can be lower"
+
 def plot_loss_curves(curves: dict, title: str, ylabel: str = "loss", xlabel: str = "step") -> Figure:
     """Lines of (x, y) points: ``{"LoRA": [(step, loss), ...]}``; about ten markers a line, however long it is."""
     fig, ax = new_figure(title=title, xlabel=LABELS.get(xlabel, xlabel), ylabel=LABELS.get(ylabel, ylabel))
@@ -18,12 +20,16 @@ def plot_loss_curves(curves: dict, title: str, ylabel: str = "loss", xlabel: str
     return fig
 
 
-def plot_bands(bands: dict, title: str, ylabel: str = "loss", xlabel: str = "step") -> Figure:
-    """Lines with an interval around each: ``{"LoRA": (x, mean, low, high)}``."""
+def plot_bands(bands: dict, title: str, ylabel: str = "loss", xlabel: str = "step",
+               floor: float | None = None) -> Figure:
+    """Lines with an interval around each: ``{"LoRA": (x, mean, low, high)}``; `floor`: the least that there is."""
     fig, ax = new_figure(title=title, xlabel=LABELS.get(xlabel, xlabel), ylabel=LABELS.get(ylabel, ylabel))
     for i, (name, (x, mean, low, high)) in enumerate(bands.items()):
         ax.plot(x, mean, label=name, markevery=max(1, len(x) // 10), **look(i))
         ax.fill_between(x, low, high, color=COLORS[i % 7], alpha=0.15, linewidth=0)
+    if floor is not None:
+        ax.axhline(floor, color=GREY, linestyle=":", linewidth=1.4, label=GRAMMAR)
+        ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
     return fig
 
@@ -71,8 +77,11 @@ def plot_bars(bars: dict, title: str, xlabel: str = "loss", floor: float | None 
     return fig
 
 
-def plot_points(groups: dict, title: str, xlabel: str, ylabel: str, texts: bool = True) -> Figure:
-    """Points by group, ``{"LoRA": [(x, y, "text beside it"), ...]}``, joined in the order given."""
+def plot_points(groups: dict, title: str, xlabel: str, ylabel: str, texts: bool = True,
+                floor: float | None = None) -> Figure:
+    """Points by group, ``{"LoRA": [(x, y, "text beside it"), ...]}``, joined in the order given; `floor` as in
+    `plot_bands`.
+    """
     fig, ax = new_figure(title=title, xlabel=LABELS.get(xlabel, xlabel), ylabel=LABELS.get(ylabel, ylabel))
     for i, (name, points) in enumerate(groups.items()):
         x, y, beside = zip(*points)
@@ -80,6 +89,8 @@ def plot_points(groups: dict, title: str, xlabel: str, ylabel: str, texts: bool 
         for at, text in zip(zip(x, y), beside if texts else ()):
             ax.annotate(text, at, xytext=(6, -11), textcoords="offset points", fontsize=8, color=COLORS[i % 7])
     ax.margins(0.1)     # room for the texts
+    if floor is not None:
+        ax.axhline(floor, color=GREY, linestyle=":", linewidth=1.4, label=GRAMMAR)
     ax.legend(frameon=False)
     return fig
 

@@ -1,8 +1,9 @@
 """The figures of plain matrices: singular values, and a picture compressed to a few ranks."""
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from lora_edu.course.page.show import LABELS, SKY, VERMILLION, look, new_figure
+from lora_edu.course.page.show import BLUE, LABELS, SKY, VERMILLION, look, new_figure
 
 
 def plot_singular_values(matrices, title: str = "Singular values", log: bool = True) -> Figure:
@@ -44,6 +45,29 @@ def sample_picture(size: int = 256) -> np.ndarray:
         grey = Image.open(file).convert("L")
         side = min(grey.size)
         return np.asarray(grey.crop((0, 0, side, side)).resize((size, size)), dtype=float) / 255
+
+
+def plot_block(shapes: dict, title: str, rank: int = 8) -> Figure:
+    """The matrices of one block, to one scale, each with the two thin ones of a LoRA beside it (in colour).
+
+    Args:
+        shapes: ``{"q_proj": (out, in), ...}``; drawn out tall and in wide.
+    """
+    fig, ax = new_figure(width=7.6, height=2.7, title=title)
+    x, tallest = 0.0, max(out for out, _ in shapes.values())
+    for name, (out, wide) in shapes.items():
+        ax.add_patch(Rectangle((x, 0), wide, out, facecolor=SKY, edgecolor="white"))
+        ax.add_patch(Rectangle((x + wide + rank, 0), rank, out, color=VERMILLION))
+        ax.add_patch(Rectangle((x, out + rank), wide, rank, color=BLUE))
+        ax.annotate(f"{name}\n{out} × {wide}", (x + wide / 2, -0.02 * tallest), ha="center", va="top", fontsize=8,
+                    annotation_clip=False)
+        x += max(wide, 300) + 90
+    ax.set(xlim=(-20, x), ylim=(-0.28 * tallest, tallest + 40), aspect="equal")
+    ax.set_axis_off()
+    fig.legend([Rectangle((0, 0), 1, 1, color=color) for color in (SKY, VERMILLION, BLUE)],
+               ["W₀, frozen", f"B, {rank} wide", f"A, {rank} high"], loc="outside lower center", ncols=3, frameon=False,
+               fontsize=9)
+    return fig
 
 
 def plot_levels(quotients, levels, title: str) -> Figure:

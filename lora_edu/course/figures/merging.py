@@ -78,14 +78,15 @@ def _paper(ax, rows: list[str]) -> None:
     ax.legend(frameon=False, fontsize=7, loc="upper right", handletextpad=0.1)
 
 
-def plot_methods_plane(points: dict, base: tuple[float, float], title: str, floor: float | None = None) -> Figure:
+def plot_methods_plane(points: dict, base: tuple[float, float], title: str, floor: float | None = None,
+                       floor_is: str = "ignores its input") -> Figure:
     """Where each method ends: what it learned (down is better, log scale) against what it forgot (right is worse).
 
     Args:
         points: ``{"LoRA": [(tales_loss, task_loss), ...]}``, one pair a seed, nats per token: drawn as their mean and a
             cross that reaches from the smallest to the largest on both axes.
         base: the same pair before training.
-        floor: task loss of a fluent model that ignores its input.
+        floor: task loss of a fluent model that ignores its input, or of what `floor_is` says.
     """
     fig, ax = new_figure(width=7.4, height=4.6, title=title, xlabel=LABELS["tales"] + ": forgetting →",
                          ylabel="← learning: " + LABELS["task"], yscale="log")
@@ -99,7 +100,7 @@ def plot_methods_plane(points: dict, base: tuple[float, float], title: str, floo
                 markerfacecolor=COLORS[i] if i < 7 else "white")      # the eighth method is not the first again
     if floor is not None:
         ax.axhline(floor, color=GREY, linestyle=":", linewidth=1.2)
-        ax.text(0.99, floor, "ignores its input", transform=ax.get_yaxis_transform(), ha="right", va="bottom",
+        ax.text(0.99, floor, floor_is, transform=ax.get_yaxis_transform(), ha="right", va="bottom",
                 color=GREY, fontsize=8)
     ax.margins(0.12)
     ax.minorticks_off()

@@ -12,12 +12,13 @@ from lora_edu.course.figures.curves import plot_bands, plot_loss_curves
 from lora_edu.course.page.show import BLACK, COLORS, LABELS, MARKERS, new_figure
 
 
-def plot_rank_curves(curves: dict, title: str, planted=(), ylabel: str = "loss") -> Figure:
-    """Something over the rank, with an interval around each line: ``{"one task": (ranks, mean, low, high)}``.
+def plot_rank_curves(curves: dict, title: str, planted=(), ylabel: str = "loss", floor: float | None = None) -> Figure:
+    """Something over the rank, with an interval around each line: ``{"one task": (ranks, mean, low, high)}``; `floor`
+    as in `plot_bands`.
 
     ``planted`` are ranks known beforehand: the i-th gets a dotted line and "k = ..." in the colour of the i-th curve.
     """
-    fig = plot_bands(curves, title, ylabel=ylabel, xlabel="rank")
+    fig = plot_bands(curves, title, ylabel=ylabel, xlabel="rank", floor=floor)
     ax = fig.axes[0]
     _plain_log(ax, [rank for ranks, *_ in curves.values() for rank in ranks])
     for i, k in enumerate(planted):

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from lora_edu.course.records import comparisons, from_scratch, merging, published, rank, real, spectra, verdicts
-from lora_edu.course.records.stored import store_record
+from lora_edu.course.records.stored import load_record, store_record
 
 # name -> how to make it from the command's options
 EXPERIMENTS = {
@@ -42,7 +42,8 @@ EXPERIMENTS = {
     "placements": lambda options: comparisons.placements(options.tales),
     "spectra": lambda options: spectra.spectra(),
     "published_pair": lambda options: spectra.published_pair(options.pair),
-    "rank_alpha": lambda options: rank.rank_alpha(scratch=options.scratch),
+    "rank_alpha": lambda options: rank.rank_alpha(
+        scratch=options.scratch, known=load_record("rank_alpha") if options.go_on else None),
     "rank_seeds": lambda options: rank.rank_seeds(scratch=options.scratch),
     "two_rates": lambda options: rank.two_rates(scratch=options.scratch),
     "planted_rank": lambda options: rank.planted_rank(),
@@ -67,11 +68,14 @@ def main() -> None:
                         help="published_pair: where base.safetensors and ft_*.safetensors are")
     parser.add_argument("--scratch", metavar="FOLDER",
                         help="keep finished runs there, to go on (what takes long can)")
+    parser.add_argument("--go-on", action="store_true",
+                        help="rank_alpha: take over the cells that the stored record has, and train the others")
     options = parser.parse_args()
     if options.scratch:
         Path(options.scratch).mkdir(parents=True, exist_ok=True)
     began = time.time()
     content = EXPERIMENTS[options.name](options)
-    store_record(options.name, content, began, options=" --pair FOLDER" if options.pair else "",
+    said = " --pair FOLDER" if options.pair else " --go-on" if options.go_on else ""
+    store_record(options.name, content, began, options=said,
                  products=torch.float32 if options.name in IN_FLOAT32 else None)
     print(f"stored {options.name} after {(time.time() - began) / 60:.1f} minutes")

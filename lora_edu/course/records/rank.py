@@ -20,10 +20,9 @@ from lora_edu.training.sweep import sweep
 from lora_edu.course.tasks import Task
 
 ROWS = 8
-GRID = {"ranks": (1, 4, 8, 16, 64), "rates": tuple(0.001 * 2**i for i in range(7)), "rules": ("2r", "fixed"),
+GRID = {"ranks": (1, 4, 8, 16, 64), "rates": tuple(0.001 * 2**i for i in range(7)), "rules": ("2r", "fixed", "rslora"),
         "tasks": {"bistro": {"steps": 100, "every": 10}, "python_docs": {"steps": 50, "every": 5}}}
-GPU_GRID = GRID | {"ranks": (1, 2, 4, 8, 16, 32, 64), "rates": tuple(0.0005 * 2**i for i in range(9)),
-                   "rules": ("2r", "fixed", "rslora")}
+GPU_GRID = GRID | {"ranks": (1, 2, 4, 8, 16, 32, 64), "rates": tuple(0.0005 * 2**i for i in range(9))}
 PLANTED = {"matrix": "model.layers.3.mlp.down_proj", "planted": (2, 6, 16), "ranks": (1, 2, 4, 6, 8, 12, 16, 24, 32),
            "rates": (0.02, 0.04, 0.08), "steps": 400, "rows": 8, "tokens": 32}
 
@@ -40,10 +39,11 @@ def _scorer(task: Task, tales: dict, prompts: int):
 
 
 def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: int = 60,
-               scratch: str | None = None) -> dict:
+               scratch: str | None = None, known: dict | None = None) -> dict:
     """Every rank with every rate under every rule, on both tasks.
 
-    `scratch`: a folder where finished chunks are kept, to go on from.
+    `scratch`: a folder where finished chunks are kept, to go on from. `known`: a record of the same settings but for
+    rules, ranks and rates, whose cells are taken over; at rank 8 all rules are one.
     """
     device = best_device()
     grid = grid or (GPU_GRID if device.type == "cuda" else GRID)
@@ -51,17 +51,24 @@ def rank_alpha(grid: dict | None = None, seed: int = 0, n: int = 200, prompts: i
     tales = {"its own": tales_to_forget(None)["its own"][:1]}
     tasks = [Task(name, tokenizer, n) for name in grid["tasks"]]
     model.to(device)
+    same = {"rows": ROWS, "seed": seed, "prompts": prompts, "tasks": grid["tasks"]}
+    if known and any(known["settings"][key] != value for key, value in same.items()):
+        raise ValueError("the known record has other settings: make the whole record again.")
+    there = {(cell["task"], cell["rank"], cell["scaling"], cell["lr"]): cell for cell in (known or {}).get("grid", ())}
     cells = []
     for task in tasks:
-        keys = [(rule, rank, lr) for rule in grid["rules"] for rank in grid["ranks"] for lr in grid["rates"]]
-        adapters = [LoRASettings.by_rule(rule, rank, lr=lr, seed=seed) for rule, rank, lr in keys]
+        adapters = {(rule, rank, lr): LoRASettings.by_rule(rule, rank, lr=lr, seed=seed) for rule in grid["rules"]
+                    for rank in grid["ranks"] for lr in grid["rates"]}
+        old = {key: there.get((task.name, its.rank, round(its.scaling, 6), its.lr)) for key, its in adapters.items()}
         steps, every = (grid["tasks"][task.name][key] for key in ("steps", "every"))
-        alone = list(dict.fromkeys(adapters))       # at rank 8 the rules are one and the same
+        # at rank 8 the rules are one and the same
+        alone = list(dict.fromkeys(its for key, its in adapters.items() if not old[key]))
         by_adapter = dict(zip(alone,
                               _train_all(model, task, alone, steps, _scorer(task, tales, prompts), _first_batch(task),
                                         every=every,
                                         out=f"{scratch}/rank_alpha_{task.name}.json" if scratch else None)))
-        cells += [_cell(task.name, rule, by_adapter[adapter], every) for (rule, *_), adapter in zip(keys, adapters)]
+        cells += [old[key] | {"rule": key[0], "alpha": its.alpha} if old[key] else
+                  _cell(task.name, key[0], by_adapter[its], every) for key, its in adapters.items()]
     return {"settings": {key: list(value) if isinstance(value, tuple) else value for key, value in grid.items()} |
             {"rows": ROWS, "fixed alpha": FIXED_ALPHA, "targets": "all-linear", "seed": seed, "prompts": prompts,
              "rules not kept": "one seed; the rate is chosen on the validation split of the same seed; "

@@ -50,7 +50,7 @@ class Record(dict):
         return rows
 
     def _rows(self) -> list[dict]:
-        found = [dict(_plain(row), part=part) for part in ("runs", "grid", "students", "slices")
+        found = [dict(_plain(row), part=part) for part in ("runs", "grid", "students", "slices", "smaller")
                  for row in self.get(part, ())]
         found += [dict(_plain(self["patient"]), part="patient")] if "patient" in self else []
         for key, names in LEVELS.items():

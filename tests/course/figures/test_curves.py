@@ -21,6 +21,7 @@ PATHS = {"LoRA": [(3.8, 3.0), (6.4, 0.25)], "full": [(3.7, 2.5), (4.7, 0.24)]}
 BARS = {"all linear": (0.25, 0.24, 0.27), "QV": (0.55, 0.50, 0.60)}
 LOW_RANK = torch.arange(1.0, 7)[:, None] * torch.arange(1.0, 9)
 ALPHAS = np.linspace(0, 1, 21)
+BLOCK = {"q_proj": (256, 256), "down_proj": (256, 688)}
 
 FIGURES = {
     "loss curves": lambda: curves.plot_loss_curves(CURVES, title="LoRA learns"),
@@ -31,6 +32,7 @@ FIGURES = {
     "singular values": lambda: matrices.plot_singular_values({"one": LOW_RANK, "two": torch.eye(5)},
                                                              title="Rank 1 is one value"),
     "picture ranks": lambda: matrices.plot_picture_ranks(LOW_RANK, ranks=(1, 2)),
+    "block": lambda: matrices.plot_block(BLOCK, title="Thin beside wide", rank=4),
     "two losses": lambda: curves.plot_two_losses(ALPHAS, 4 - 3 * ALPHAS, 3 + ALPHAS, title="Opposite", alpha=0.5),
 }
 every_figure = pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
@@ -74,6 +76,22 @@ def test_lines_hold_the_points_given():
 def test_a_band_covers_low_to_high():
     bands = FIGURES["bands"]().axes[0].collections
     assert [band.get_paths()[0].get_extents().intervaly.tolist() for band in bands] == [[0, 2], [1, 3]]
+
+
+def test_the_grammars_entropy_is_drawn_where_it_is_given():
+    for fig in (curves.plot_bands(BANDS, "Seeds agree", floor=0.135),
+                curves.plot_points({"a": [(1, 2, "x"), (2, 3, "y")]}, "t", "tales", "task", floor=0.135)):
+        floors = [line.get_ydata() for line in fig.axes[0].lines if line.get_label() == curves.GRAMMAR]
+        assert [list(heights) for heights in floors] == [[0.135, 0.135]]
+    assert not any(line.get_label() == curves.GRAMMAR for line in FIGURES["bands"]().axes[0].lines)
+
+
+def test_a_block_is_drawn_to_one_scale():
+    whole = [box for box in FIGURES["block"]().axes[0].patches]
+    sizes = [(box.get_height(), box.get_width()) for box in whole]
+    assert sizes == [(256, 256), (256, 4), (4, 256), (256, 688), (256, 4), (4, 688)]
+    corners = [(box.get_x(), box.get_x() + box.get_width()) for box in whole]
+    assert max(corners[:3])[1] < corners[3][0], "the second does not lie on the first"
 
 
 def test_a_path_starts_at_the_base_and_ends_at_its_last_point():

@@ -18,9 +18,11 @@ ENDS = {name: [(tales + 0.3 * i, task * 1.3**i) for tales, task in ((4.0, 0.2), 
 CROWDED = {name: [(4.5 + 0.05 * i, 0.25 + 0.01 * (i % 3))] for i, name in enumerate(METHODS[:7])}
 AT_THE_EDGE = {name: [(5.9 + 0.02 * i, 0.3)] for i, name in enumerate(METHODS[:4])}
 BASE = (3.3, 4.3)
+KEPT = {"bfloat16": [(0.001, 0.5), (0.01, 0.98)], "float16": [(0.001, 0.99), (0.01, 1.0)]}
 
 FIGURES = {"latency": lambda: mp.plot_latency(TIMES, "Who pays at batch 1"),
-           "plane": lambda: mp.plot_methods_plane(ENDS, BASE, "Where each method ends", floor=2.1)}
+           "plane": lambda: mp.plot_methods_plane(ENDS, BASE, "Where each method ends", floor=2.1),
+           "gain": lambda: mp.plot_gain_kept(KEPT, {"ours": 0.5, "theirs": 0.1}, "A small update is lost")}
 every_figure = pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 
 
@@ -38,6 +40,18 @@ def test_a_figure_has_its_title_and_says_its_unit(draw):
     assert 5 < len(show.title_of(fig)) < 60
     said = (fig.get_supxlabel() if len(fig.axes) > 1 else fig.axes[0].get_xlabel() + fig.axes[0].get_ylabel())
     assert "no unit" in said or said.count("nats per token") == 2
+
+
+def test_the_gain_kept_has_its_lines_and_its_marks():
+    ax = FIGURES["gain"]().axes[0]
+    drawn = [list(zip(line.get_xdata(), line.get_ydata())) for line in ax.lines[:2]]
+    assert drawn == list(KEPT.values()) and ax.get_xscale() == "log"
+    assert [line.get_xdata()[0] for line in ax.lines[2:]] == [0.5, 0.1] and list(names_of(ax)) == ["ours", "theirs"]
+
+
+def test_the_line_of_a_plane_says_what_it_is():
+    ax = mp.plot_methods_plane(ENDS, BASE, "Where each method ends", floor=0.135, floor_is="entropy")
+    assert "entropy" in names_of(ax.axes[0]) and "ignores its input" not in names_of(ax.axes[0])
 
 
 @every_figure

@@ -101,6 +101,26 @@ def test_it_goes_on_from_what_is_in_the_scratch_folder(made, scratch, monkeypatc
         assert one["path"] == [pytest.approx(point, abs=2e-4) for point in two["path"]] and one.keys() == two.keys()
 
 
+def test_what_a_stored_record_has_is_taken_over(made, monkeypatch):
+    """Two rules known, the third trained, at rank 1 alone: at rank 8 its cells are those of the others."""
+    known = made | {"grid": [cell for cell in made["grid"] if cell["rule"] != "rslora"]}
+    asked = []
+
+    def counted(model, adapters, *args, **how):
+        asked.extend(adapters)
+        return ORIGINAL(model, adapters, *args, **how)
+    ORIGINAL = rank.sweep
+    monkeypatch.setattr(rank, "sweep", counted)
+    again = rank_alpha(GRID, n=32, prompts=2, known=known)
+    assert {(its.rank, its.rslora) for its in asked} == {(1, True)} and len(asked) == 2 * len(GRID["rates"])
+    assert [cell for cell in again["grid"] if cell["rule"] != "rslora"] == known["grid"]
+    for one, two in zip(made["grid"], again["grid"], strict=True):
+        assert one["path"] == [pytest.approx(point, abs=1e-3) for point in two["path"]], (one["rule"], one["rank"])
+        assert (one["rule"], one["alpha"], one["lr"]) == (two["rule"], two["alpha"], two["lr"])
+    with pytest.raises(ValueError, match="other settings"):
+        rank_alpha(GRID, n=32, prompts=3, known=known)
+
+
 def test_more_seeds_and_more_steps(made, monkeypatch, tmp_path):
     monkeypatch.setattr(rank, "load_record", {"rank_alpha": made}.__getitem__)
     found = rank_seeds(steps=4, ranks=(1, 8), seeds=(1, 2), n=32, prompts=2, scratch=str(tmp_path))
