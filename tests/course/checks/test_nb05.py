@@ -47,14 +47,14 @@ def test_wrong_counts(wrong, said):
 
 
 def test_the_largest_batch_is_right_and_nothing_else():
-    assert nb05.check_fit(("nf4", 7, True)) and nb05.check_fit(["nf4-double", 7, True])
+    assert nb05.check_fit(("nf4", 6, True)) and nb05.check_fit(["nf4-double", 6, True])
     assert nb05.check_fit(None).passed is None
 
 
 @pytest.mark.parametrize("choice, said", [
-    (("nf4", 8, True), "do not fit in 21.6"), (("nf4", 6, True), "a larger batch does, too"),
+    (("nf4", 7, True), "do not fit in 19.2"), (("nf4", 5, True), "a larger batch does, too"),
     (("nf4", 1, False), "another recipe"),
-    (("16-bit", 2, True), "another recipe"), (("16-bit", 1, False), "largest part is weights"),
+    (("16-bit", 1, True), "another recipe"), (("16-bit", 1, False), "largest part is weights"),
     (("fp8", 1, True), "recipe='fp8'"),
     (("nf4", 0, True), "batch=0"), (7, "cannot be billed"), (("nf4", 7), "cannot be billed"),
     (("nf4", "ten", True), "cannot be billed")])
