@@ -4,6 +4,7 @@ from torch import nn
 from lora_edu.course.page.exercises import Verdict, check, check_decision, check_match
 from lora_edu.course.records.stored import load_record
 from lora_edu.lora.inject import apply_lora
+from lora_edu.lora.targets import PLACEMENTS
 
 
 class Named(nn.Module):
@@ -82,7 +83,10 @@ def check_causes(answers: dict[str, str | None]) -> Verdict:
 
 
 def check_placement(choice: str | None) -> Verdict:
-    """Exercise 2.4: mean recorded test loss; within 0.02 nats of the best is a tie, as the course's rules say."""
-    scores = {name: found["mean test"] for name, found in load_record("placements")["placements"].items()}
+    """Exercise 2.4: mean recorded test loss on documentation; within 0.02 nats of the best is a tie, as the course's
+    rules say.
+    """
+    docs = load_record("placements_docs").runs(task="python_docs").by("method")
+    scores = {name: docs[name].mean("test") for name in PLACEMENTS if name in docs}
     return check_decision("2.4", choice, scores, within=0.02,
                           because="at an equal budget this placement is the best, or ties with it.")

@@ -100,7 +100,7 @@ def plot_methods_plane(points: dict, base: tuple[float, float], title: str, floo
                 markerfacecolor=COLORS[i] if i < 7 else "white")      # the eighth method is not the first again
     if floor is not None:
         ax.axhline(floor, color=GREY, linestyle=":", linewidth=1.2)
-        ax.text(0.99, floor, floor_is, transform=ax.get_yaxis_transform(), ha="right", va="bottom",
+        ax.text(0.01, floor, floor_is, transform=ax.get_yaxis_transform(), ha="left", va="bottom",
                 color=GREY, fontsize=8)
     ax.margins(0.12)
     ax.minorticks_off()

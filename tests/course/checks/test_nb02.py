@@ -56,7 +56,9 @@ def test_checker(checker, answer, passed, says, capsys):
 
 
 def test_the_placements_are_judged_by_the_record(capsys):
-    means = {name: found["mean test"] for name, found in load_record("placements")["placements"].items()}
+    """On documentation: the answer is not that of restaurants, which the reader has seen."""
+    found = load_record("placements_docs")["tasks"]["python_docs"]
+    means = {name: its["mean test"] for name, its in found.items() if name in PLACEMENTS}
     assert means.keys() == PLACEMENTS.keys()
     for name, mean in means.items():
         assert nb02.check_placement(name).passed is (mean <= min(means.values()) + 0.02)
