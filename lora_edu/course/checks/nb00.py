@@ -34,7 +34,7 @@ def check_turn(student) -> Verdict:
 
     generator = torch.Generator().manual_seed(0)
     W, delta = torch.randn(3, 2, generator=generator), torch.randn(3, 2, generator=generator)
-    cases = [(W, delta, 0.5), (W.T.contiguous(), delta.T.contiguous(), 0.0), (W, delta, -2.0)]
+    cases = [(W, delta, 0.5), (W.T.contiguous(), delta.T.contiguous(), 0.0), (W, delta, -2.0), (W, delta, 1.5)]
     return check("0.1", student, cases=cases, oracle=oracle, hint=hint)
 
 
@@ -52,7 +52,9 @@ def check_slots_right(student) -> Verdict:
             return "that is how many are right; the share is out of all slots in either of the two."
 
     given = {"name": "Clover", "food": "Greek", "price": "cheap"}
-    said = [given | {"price": "expensive"}, given | {"area": "river"}, {"food": "Greek"}, {}, given]
+    said = [given | {"price": "expensive"}, given | {"area": "river"}, {"food": "Greek"}, {}, given,
+            {"name": "Clover", "food": "Greek", "area": "river"},           # each has a slot that the other lacks
+            {"name": "Greek", "food": "Clover", "price": "cheap"}]          # right words in the wrong slots
     cases = [(each, given) for each in said]
     return check("0.2", student, cases=cases, oracle=oracle, hint=hint)
 

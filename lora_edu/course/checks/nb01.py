@@ -27,9 +27,26 @@ def check_delta_weight(student) -> Verdict:
             return "right product, but the scaling alpha / rank is missing."
         if got.shape == want.T.shape and torch.allclose(got, want.T, rtol=1e-4, atol=1e-6):
             return "transposed: B @ A has shape (out_features, in_features)."
+        return _other_scaling(got, B @ A, alpha, len(A))
 
-    return check("1.1", student, cases=[(randn(2, 3), randn(4, 2), 6.0), (randn(3, 5), randn(2, 3), 4.0)],
+    return check("1.1", student, cases=[(randn(2, 3), randn(4, 2), 6.0), (randn(3, 5), randn(2, 3), 4.0),
+                                        (randn(1, 5).repeat(3, 1), randn(4, 3), 5.0), (randn(4, 3), randn(5, 4), 3.0)],
                  oracle=oracle, hint=hint)
+
+
+def _other_scaling(got: torch.Tensor, product: torch.Tensor, alpha: float, rank: int) -> str | None:
+    """What an update that is B A times another number was divided by."""
+    if got.shape != product.shape or not product.abs().max() > 0:
+        return None
+    found = (got * product).sum().item() / product.square().sum().item()
+    if not torch.allclose(got, found * product.double(), rtol=1e-4, atol=1e-6):
+        return None
+    slips = [(alpha // rank, "// cuts to whole numbers: divide with /."),
+             (alpha / (rank - 1) if rank > 1 else 0, "the rank is the number of rows of A, not one less."),
+             (rank / alpha, "upside down: alpha is above the line."), (alpha * rank, "alpha is divided by the rank.")]
+    return next((text for wrong, text in slips if abs(found - wrong) < 1e-4 * max(abs(wrong), 1)),
+                f"right product, but its factor is {found:.4g} in place of alpha / rank = {alpha / rank:.4g}; the rank "
+                "is the number of rows of A.")
 
 
 def check_trainable_numbers(student) -> Verdict:
@@ -52,7 +69,7 @@ def check_trainable_numbers(student) -> Verdict:
 def check_fold(student) -> Verdict:
     """Exercise 1.4: the library's own merge; the weight handed in must not change."""
     def oracle(W, A, B, alpha):
-        layer = LoRALinear.wrap(nn.Linear(W.shape[1], W.shape[0], bias=False), len(A), alpha)
+        layer = LoRALinear.wrap(nn.Linear(W.shape[1], W.shape[0], bias=False), len(A), alpha, any_rank=True)
         layer.weight.data, layer.lora_A.data, layer.lora_B.data = W.clone(), A, B
         return layer.folded_weight()
 
@@ -61,8 +78,11 @@ def check_fold(student) -> Verdict:
             return "the scaling alpha / rank is missing."
         if got.shape == want.shape and torch.allclose(got, want - W, rtol=1e-4, atol=1e-5):
             return "that is the update alone; the merged weight is W plus the update."
+        return _other_scaling(got - W.double(), B @ A, alpha, len(A)) if got.shape == want.shape else None
 
-    cases = [(randn(4, 6), randn(2, 6), randn(4, 2), 5.0), (randn(5, 3), randn(3, 3), randn(5, 3, seed=7), 1.0)]
+    cases = [(randn(4, 6), randn(2, 6), randn(4, 2), 5.0), (randn(5, 3), randn(3, 3), randn(5, 3, seed=7), 1.0),
+             (randn(4, 5), randn(1, 5).repeat(2, 1), randn(4, 2), 3.0),
+             (randn(3, 2), randn(4, 2), randn(3, 4), 7.0)]
     return check("1.4", student, cases=cases, oracle=oracle, hint=hint)
 
 

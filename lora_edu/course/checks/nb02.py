@@ -28,8 +28,16 @@ def check_matching(student) -> Verdict:
         return list(apply_lora(Named(names), entries, rank=1).matched)
 
     def hint(got, want, names, entries):
-        if isinstance(got, list) and set(got) > set(want) and all(any(n.endswith(e) for e in entries) for n in got):
+        if not isinstance(got, (list, tuple)):
+            return None
+        if set(got) > set(want) and all(any(n.endswith(e) for e in entries) for n in got):
             return "an ending must begin after a dot: my_q_proj does not match q_proj."
+        if set(got) > set(want):
+            extra = next(name for name in got if name not in want)
+            return f"{extra!r} is listed, and it ends in none of the entries after a dot."
+        if set(got) < set(want):
+            missing = next(name for name in want if name not in got)
+            return f"{missing!r} is missing: it is an entry, or it ends in a dot and an entry."
         if isinstance(got, list) and sorted(got) == sorted(want):
             return "the right names, but not in the order of `names`."
         if isinstance(got, list) and len(got) > len(set(got)):
@@ -37,7 +45,8 @@ def check_matching(student) -> Verdict:
 
     cases = [(["layers.0.q_proj", "layers.0.my_q_proj", "layers.1.q_proj"], ["q_proj"]),
              (["a.up", "a.down", "b.up", "up"], ["up", "a.down"]),
-             (["z.q", "z.k", "z.v"], ["v", "q", "z.q"])]
+             (["z.q", "z.k", "z.v"], ["v", "q", "z.q"]),
+             (["x.aa.down", "x.a.down", "a.down.more", "x.a_down"], ["a.down"])]     # inside, in the middle, a regex
     return check("2.1", student, cases=cases, oracle=oracle, hint=hint)
 
 
@@ -55,9 +64,12 @@ def check_rank_for_budget(student) -> Verdict:
             return "that is more than the smaller side of one of the matrices."
         if got == want + 1:
             return "one too many: the budget may not be passed."
+        if got == want - 1:
+            return "one too few: the budget may be used up to the last number."
 
     cases = [([(256, 256)] * 8, 40_000), ([(64, 96), (96, 64)], 100), ([(4, 100)], 10_000),
-             ([(688, 256), (256, 688)], 157_000)]
+             ([(688, 256), (256, 688)], 157_000), ([(64, 96)], 480), ([(100, 4)], 10_000),
+             ([(100, 50), (90, 6), (80, 80)], 100_000), ([(256, 256), (512, 256)], 10_000_000)]
     return check("2.2", student, cases=cases, oracle=oracle, hint=hint)
 
 

@@ -39,7 +39,7 @@ def check_energy_kept(student) -> Verdict:
             return "that is what is lost, not what is kept."
         if equals(got, sigma[:rank].square().sum()):
             return "that is the energy kept; divide by all of it."
-        if equals(got, oracle(sigma, max(rank - 1, 0))):
+        if rank > 0 and equals(got, oracle(sigma, rank - 1)):
             return "one direction is missing: sigma[:rank] holds the first `rank` of them."
         if equals(got, oracle(sigma, rank + 1)):
             return "one direction too many: sigma[:rank] holds the first `rank` of them."

@@ -5,7 +5,7 @@ import torch
 
 from lora_edu.course.checks.nb01 import randn
 from lora_edu.course.checks.nb03 import equals
-from lora_edu.course.page.exercises import Verdict, check, check_decision, check_match, say
+from lora_edu.course.page.exercises import Verdict, check, check_decision, check_match, is_blank, is_stub, say, word
 from lora_edu.course.records.stored import load_record
 from lora_edu.lora.settings import LoRASettings
 
@@ -69,7 +69,8 @@ def check_rate_for_b(student) -> Verdict:
                                "Write B as 1/factor of what it was: which rate takes steps of that size?")
 
     cases = [(0.03, 4.0, "adam"), (0.5, 4.0, "sgd"), (0.02, 0.5, "adam"), (0.8, 0.25, "sgd")]
-    return check("4.2", None if student in (None, ...) else trained, cases=cases, oracle=oracle, hint=hint)
+    attempted = callable(student) and not is_stub(student)
+    return check("4.2", trained if attempted else student, cases=cases, oracle=oracle, hint=hint)
 
 
 def _training(rank=8, lr=0.03, lr_b=None, scaling=1.0, start=0.25, optimizer="adam", noise=1.5,
@@ -162,12 +163,14 @@ def check_setting(choice: tuple | None, budget: int = 400_000, task: str = "pyth
     runs = {(run["rank"], run["rule"], run["lr"]): run for run in record["grid"] if run["task"] == task}
     fits = {setting: run for setting, run in runs.items() if 4 * run["trainable"] <= budget}
     scores = {setting: run["test"] for setting, run in fits.items() if run["test"] is not None}
-    if choice not in (None, ..., ""):
-        choice = tuple(choice) if isinstance(choice, (tuple, list)) else choice
-        if choice not in runs:
+    if not is_blank(choice):
+        parts = [word(part) for part in choice] if isinstance(choice, (tuple, list)) else None
+        found = next((setting for setting in runs if [word(part) for part in setting] == parts), None)
+        if found is None:
             ranks, rules, rates = (record["settings"][key] for key in ("ranks", "rules", "rates"))
             return say("4.5", False, f"{choice!r} is not in the record: give (rank, rule, learning rate), with a rank "
                                      f"of {ranks}, a rule of {rules} and a rate of {rates}.")
+        choice = found
         if choice not in fits:
             return say("4.5", False, f"an adapter of rank {choice[0]} has {4 * runs[choice]['trainable']:,} bytes, "
                                      f"over the budget of {budget:,}.")

@@ -1,7 +1,7 @@
 """Checkers of notebook 05. Reading this file tells you the answers."""
 from lora_edu.course.checks.nb03 import equals
 from lora_edu.course.figures.memory import CARDS, GB
-from lora_edu.course.page.exercises import Verdict, check, check_choice, not_attempted, say
+from lora_edu.course.page.exercises import Verdict, check, check_choice, is_blank, not_attempted, say, word
 from lora_edu.measure.memory import Bill, bill
 from lora_edu.models.sizes import Sizes
 
@@ -23,7 +23,7 @@ def check_adam_bytes(student) -> Verdict:
                  (want / 1e9, "in bytes, not in GB.")]
         return next((text for wrong, text in slips if equals(got, wrong)), None)
 
-    cases = [(1000, 4, 2), (7_000_000_000, 2, 2), (175_000_000_000, 4, 4), (123, 2, 4)]
+    cases = [(1000, 2, 5), (7_000_000_000, 2, 2), (175_000_000_000, 4, 4), (123, 4, 1)]
     return check("5.1", student, cases=cases, oracle=oracle, hint=hint)
 
 
@@ -42,10 +42,12 @@ def check_lora_count(student) -> Verdict:
                  (want // layers, "that is one layer."), (want // rank, "that is rank 1."),
                  (layers * (hidden * hidden + hidden * kv),
                   "those are the matrices themselves; an adapter has rank · (inputs + outputs)."),
-                 (layers * rank * (hidden * hidden + hidden * kv), "inputs + outputs, not inputs times outputs.")]
+                 (layers * rank * (hidden * hidden + hidden * kv), "inputs + outputs, not inputs times outputs."),
+                 (4 * want, "that is bytes in float32; how many numbers are asked for."),
+                 (2 * want, "that is bytes in 16 bits; how many numbers are asked for.")]
         return next((text for wrong, text in slips if equals(got, wrong)), None)
 
-    cases = [(32, 64, 64, 8), (2, 48, 16, 4), (5, 32, 8, 1)]
+    cases = [(3, 64, 16, 8), (32, 64, 64, 8), (2, 48, 16, 4), (5, 32, 8, 1)]
     return check("5.3", student, cases=cases, oracle=oracle, hint=hint)
 
 
@@ -56,10 +58,13 @@ def _billed(recipe: str, batch: int, checkpointing: bool) -> Bill:
 
 def check_fit(choice) -> Verdict:
     """Exercise 5.4: (recipe, batch, checkpointing) with the largest batch that one card has room for."""
-    if choice in (None, ...):
+    if is_blank(choice):
         return not_attempted("5.4")
     try:
         recipe, batch, checkpointing = choice
+        if word(checkpointing) not in ("true", "false", "0", "1"):
+            raise ValueError(f"checkpointing is True or False, not {checkpointing!r}.")
+        recipe, checkpointing = word(recipe), word(checkpointing) in ("true", "1")
         said = _billed(recipe, batch, checkpointing)
     except (TypeError, ValueError) as error:
         return say("5.4", False, f"{choice!r} cannot be billed: {error}")
@@ -73,8 +78,8 @@ def check_fit(choice) -> Verdict:
                                  f"{'and' if checkpointing else 'without'} checkpointing a larger batch does, too.")
     best = max(most(each, on) for each in ("bf16-mixed", "16-bit", "nf4", "nf4-double") for on in (False, True))
     if batch < best:
-        return say("5.4", False, f"{batch} is the most for these two; another recipe, "
-                                 f"or checkpointing, has room for {best}.")
+        other = "another recipe" + ("" if checkpointing else ", or checkpointing,")
+        return say("5.4", False, f"{batch} is the most for these two; {other} has room for {best}.")
     return say("5.4", True, f"correct: {said.total / GB:.1f} GB of {room / GB:.1f}, and the largest batch there is.")
 
 

@@ -9,36 +9,50 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
+from lora_edu.course.page.exercises import word
 from lora_edu.course.page.show import BLACK, ORANGE, new_figure, show
 
 from lora_edu.tables import printable
 
-_guesses: dict[str, "Guess"] = {}   # question -> its guess; a cell run twice replaces its own
+_guesses: dict[str, "Guess | Choice"] = {}   # question -> its guess; a cell run twice replaces its own
 YOURS = dict(color=ORANGE, marker="D", markersize=9, linestyle="--", label="your guess")
 TRUTH = dict(color=BLACK, marker="o", markersize=9, linestyle="-", label="the truth")
 
 
-def guess(value, question: str, unit: str = "", x=None, xlabel: str = "") -> "Guess":
+def guess(value, question: str, unit: str = "", x=None, xlabel: str = "", choices: tuple = ()) -> "Guess | Choice":
     """Note the reader's answer to ``question`` and print it ("no guess yet" for None).
 
     Args:
-        value: None, a number, or, for a curve, as many numbers as ``x`` has.
+        value: None, a number, or, for a curve, as many numbers as ``x`` has; with ``choices``, one of them, or all of
+            them in an order.
         question: what is asked, one sentence; it is also the guess's name in `calibration`.
         unit: printed after the number, for example "nats per token".
         x, xlabel: for a curve, where its values stand and what that is: (1, 2, 4, 8), "rank r".
+        choices: what can be answered, in words.
 
     Raises:
-        ValueError: if ``value`` is not a finite number, or not one number for each ``x``.
+        ValueError: if ``value`` is not a finite number, not one number for each ``x``, or none of the choices.
     """
+    if choices:
+        return _noted(Choice(value, question, tuple(choices)))
     made = Guess(None if value is None else _numbers(value, "your guess", x), question, unit, x, xlabel)
-    _guesses[question] = made
-    print(printable(f"no guess yet: {question}" if value is None else f"your guess: {_say(made.value, unit)}"))
+    return _noted(made)
+
+
+def _noted(made):
+    _guesses[made.question] = made
+    print(printable(f"no guess yet: {made.question}" if made.value is None else f"your guess: {made.said()}"))
     return made
 
 
 def calibration() -> None:
     """Sum up the guesses of this notebook: how many were made, how far off, and in which direction."""
-    scored = [each for each in _guesses.values() if each.factor is not None]
+    scored = [each for each in _guesses.values() if isinstance(each, Guess) and each.factor is not None]
+    chosen = [each.right for each in _guesses.values() if isinstance(each, Choice) and each.right is not None]
+    if chosen:
+        print(printable(f"choices: {sum(chosen)} of {len(chosen)} right"))
+    if chosen and not scored:
+        return
     if not scored:
         print(printable(f"calibration: no guesses yet; this notebook asks for {len(_guesses)}"))
         return
@@ -54,6 +68,9 @@ class Guess:
         self.value, self.question, self.unit, self.x, self.xlabel = value, question, unit, x, xlabel
         self.factor: float | None = None
         self.too_low = False
+
+    def said(self) -> str:
+        return _say(self.value, self.unit)
 
     def reveal(self, truth) -> None:
         """Show the guess beside ``truth`` (a number, or one for each ``x``) and score it; without a guess, say so."""
@@ -95,6 +112,40 @@ class Guess:
         ax.set_xticks(self.x, labels=[f"{v:,g}" for v in self.x])
         ax.legend(frameon=False)
         return fig
+
+
+class Choice:
+    """The answer in words to one question: one of the choices, or all of them in an order. ``right``: was it?"""
+
+    def __init__(self, value, question: str, choices: tuple):
+        self.question, self.choices, self.right = question, choices, None
+        self.value = None if value is None or value is ... else self._known(value, "your guess")
+
+    def said(self) -> str:
+        return ", ".join(self.value) if isinstance(self.value, tuple) else self.value
+
+    def reveal(self, truth) -> None:
+        """Say whether the guess is ``truth``, a choice or an order; without a guess, say so."""
+        if self.value is None:
+            print(printable("no guess to compare: put yours in place of None above, and run both cells again"))
+            return
+        truth, mine = self._known(truth, "the truth"), self.said()
+        self.right = self.value == truth
+        if isinstance(truth, tuple) and isinstance(self.value, tuple) and not self.right:
+            places = sum(one == other for one, other in zip(self.value, truth))
+            print(printable(f"your order: {mine}; the truth: {', '.join(truth)} ({places} of {len(truth)} in place)"))
+            return
+        truth = ", ".join(truth) if isinstance(truth, tuple) else truth
+        print(printable(f"your guess, {mine}, is right" if self.right else f"your guess: {mine}; the truth: {truth}"))
+
+    def _known(self, value, name: str):
+        names = {word(choice): choice for choice in self.choices}
+        several = isinstance(value, (list, tuple))
+        found = tuple(names.get(word(each)) for each in (value if several else [value]))
+        if None in found or several and sorted(found) != sorted(self.choices):
+            raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, self.choices))}, all of them in "
+                             "an order, or None for no guess.")
+        return found if several else found[0]
 
 
 def factor_off(value, truth) -> float:

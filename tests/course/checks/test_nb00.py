@@ -45,7 +45,7 @@ RIGHT = {"A": "0.4", "B": "0", "C": "1"}
     (nb00.check_texts, RIGHT, True, "correct"),
     (nb00.check_texts, RIGHT | {"A": "1", "C": "0.4"}, False, "1 of 3"),
     (nb00.check_texts, dict.fromkeys("ABC", "0"), False, "1 of 3"),
-    (nb00.check_texts, {"B": "2"}, False, "0 of 3"),
+    (nb00.check_texts, {"B": "2"}, False, "not one of the choices"),
     (nb00.check_dial, None, None, "not attempted"),
     (nb00.check_dial, 0.5, True, "good choice"),
     (nb00.check_dial, 0, False, "another choice"),

@@ -46,7 +46,7 @@ RIGHT = {"P": "rate too high", "Q": "factors not given to the optimizer", "R": "
     (nb02.check_causes, RIGHT, True, "correct"),
     (nb02.check_causes, RIGHT | {"P": "rate too low", "S": "rate too high"}, False, "2 of 4"),
     (nb02.check_causes, dict.fromkeys("PQRS", "rate too high"), False, "1 of 4"),
-    (nb02.check_causes, {"Q": "magic"}, False, "0 of 4"),
+    (nb02.check_causes, {"Q": "magic"}, False, "not one of the choices"),
     (nb02.check_placement, None, None, "not attempted"),
     (nb02.check_placement, "everything", False, "not one of the choices"),
 ])

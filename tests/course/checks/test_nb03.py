@@ -113,7 +113,7 @@ def test_checker(checker, answer, passed, says, capsys):
 
 @pytest.mark.parametrize("answer, passed, says", [
     (None, None, "not attempted"), ("R", True, "correct"), ("r ", True, "correct"), ("P", False, "documentation"),
-    ("Q", False, "wrong sentences"), ("S", False, "spread over many"), ("T", False, "choices: P, Q, R, S")])
+    ("Q", False, "wrong sentences"), ("S", False, "spread over many"), ("T", False, "choices: 'P', 'Q', 'R', 'S'")])
 def test_the_mystery(answer, passed, says, capsys):
     assert nb03.check_mystery(answer).passed is passed
     assert says in capsys.readouterr().out

@@ -43,19 +43,23 @@ def nan_in_one_place(A, B, alpha):
     return update
 
 
+def forgets(A, B, alpha):
+    solution(A, B, alpha)
+
+
 RIGHT = {
     "the solution": solution,
     "float64": lambda A, B, alpha: solution(A.double(), B.double(), alpha),
-    "float16": lambda A, B, alpha: solution(A, B, alpha).half(),
-    "bfloat16": lambda A, B, alpha: solution(A, B, alpha).bfloat16(),
     "numpy": lambda A, B, alpha: alpha / len(A) * B.numpy() @ A.numpy(),
     "a list": lambda A, B, alpha: solution(A, B, alpha).tolist(),
     "with a graph": lambda A, B, alpha: solution(A.requires_grad_(), B, alpha),
 }
 WRONG = {
     "not divided by the rank": (lambda A, B, alpha: alpha * B @ A, "entry [0, 0] is -6, expected -3."),
-    "hard-coded for the first case": (lambda A, B, alpha: oracle(*CASES[0]), "case 2 of 2: the shape is (4, 3), "
-                                                                             "expected (2, 5)."),
+    "hard-coded for the first case": (lambda A, B, alpha: oracle(*CASES[0]), "the shape is (4, 3), expected (2, 5)."),
+    "float16": (lambda A, B, alpha: solution(A, B, alpha).half(), "right to the digits of 16 bits, and more are asked "
+                                                                  "for: compute in float32."),
+    "bfloat16": (lambda A, B, alpha: solution(A, B, alpha).bfloat16(), "right to the digits of 16 bits"),
     "transposed": (lambda A, B, alpha: solution(A, B, alpha).T, "the shape is (3, 4), expected (4, 3)."),
     "overwrites its input": (in_place, "your function changes its input (argument 1): compute on a copy, x = x + 1 and "
                                        "not x += 1."),
@@ -65,7 +69,7 @@ WRONG = {
     "raises a message of two lines": (lambda A, B, alpha: {}["a\nb"], "your function raised KeyError: 'a\\nb'"),
     "has another signature": (lambda A, B: B @ A, "your function raised TypeError: "),
     "nan in one place": (nan_in_one_place, "entry [1, 0] is nan, expected 3."),
-    "cut to whole numbers": (lambda A, B, alpha: solution(A, B, alpha).round().int(), "case 2 of 2: entry [0, 0] is "),
+    "cut to whole numbers": (lambda A, B, alpha: solution(A, B, alpha).round().int(), "entry [0, 0] is "),
     "text": (lambda A, B, alpha: "B @ A", "got 'B @ A', expected numbers of shape (4, 3)."),
     "complex": (lambda A, B, alpha: solution(A, B, alpha) * 1j, "got "),
     "a ragged list": (lambda A, B, alpha: [[1.0], [1.0, 2.0]], "got [[1.0], [1.0, 2.0]] (list), expected numbers of "
@@ -74,8 +78,9 @@ WRONG = {
     "one entry off by 0.1 %": (lambda A, B, alpha: solution(A, B, alpha) * torch.tensor([1, 1, 1.001])[:len(A[0])]
                                if len(A) == 2 else solution(A, B, alpha), "entry [0, 2] is -33.033, expected -33."),
     "nothing for the second case": (lambda A, B, alpha: solution(A, B, alpha) if len(A) == 2 else None,
-                                    "case 2 of 2: your function returns nothing here."),
-    "a number where a function is wanted": (3.0, "your function raised TypeError: 'float' object is not callable"),
+                                    "your function returns nothing: is a `return` missing?"),
+    "a number where a function is wanted": (3.0, "a function is wanted here, and this is 3.0 (float)."),
+    "a forgotten return": (forgets, "your function returns nothing: is a `return` missing?"),
 }
 
 
@@ -89,12 +94,15 @@ def test_right_answers_pass_whatever_their_type(student, capsys):
 def test_wrong_answers_get_one_line_that_says_what_is_wrong(student, line, capsys):
     assert judge(student).passed is False
     out = capsys.readouterr().out
-    assert out.startswith("Exercise 1.1 ✗ " + line) and out.count("\n") == 1, out
+    assert out.startswith("Exercise 1.1 ✗ ") and out.count("\n") == 1 and line in out, out
+    if "a function is wanted" not in line:
+        shown = ("1 of 2 (A (2, 3), B (4, 2), alpha 6): ", "2 of 2 (A (3, 5), B (2, 3), alpha 4): ")
+        assert out.startswith(tuple("Exercise 1.1 ✗ case " + each for each in shown))
     if line.endswith("."):
-        assert out == f"Exercise 1.1 ✗ {line}\n"
+        assert out.endswith(f"{line}\n")
 
 
-@pytest.mark.parametrize("student", [stub, None, ..., lambda *_: ...])
+@pytest.mark.parametrize("student", [stub, None, ..., lambda *_: ..., lambda *_: None])
 def test_a_stub_is_not_attempted_and_not_wrong(student, capsys):
     verdict = judge(student)
     assert verdict.passed is None and not verdict
@@ -123,8 +131,9 @@ def test_the_hint_sees_float64_tensors_and_speaks_only_of_what_it_knows(capsys):
     judge(lambda A, B, alpha: (alpha * B @ A).numpy(), hint=hint)
     judge(lambda A, B, alpha: 2 + B @ A, hint=hint)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == lines[1] == "Exercise 1.1 ✗ right product, but it is not divided by the rank."
-    assert lines[2].startswith("Exercise 1.1 ✗ entry [0, 0] is ")
+    assert lines[0] == lines[1] == ("Exercise 1.1 ✗ case 1 of 2 (A (2, 3), B (4, 2), alpha 6): right product, but it "
+                                    "is not divided by the rank.")
+    assert "entry [0, 0] is " in lines[2]
 
 
 def one(want, got):
@@ -172,6 +181,39 @@ def test_a_model_may_be_frozen_in_place_but_its_weights_may_not_change(capsys):
     assert "changes its input" in capsys.readouterr().out
 
 
+def test_torch_is_as_it_was_and_an_answer_has_its_time(monkeypatch, capsys):
+    from lora_edu.course.page import exercises, guarded
+    monkeypatch.setattr(exercises, "guarded", lambda: guarded.guarded(0.2))
+    state = torch.get_rng_state()
+
+    def meddles(A, B, alpha):
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.manual_seed(1)
+        return solution(A, B, alpha)
+
+    def endless(*case):
+        while True:
+            pass
+    judge(meddles)
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.ones(1).device.type == "cpu" and torch.equal(torch.get_rng_state(), state)
+    assert judge(endless).passed is False and "a loop without an end" in capsys.readouterr().out
+
+
+def test_without_a_signal_or_in_another_thread_there_is_no_limit(monkeypatch):
+    from lora_edu.course.page import guarded
+    monkeypatch.delattr(guarded.signal, "SIGALRM")
+    with guarded.guarded(1e-9):
+        sum(range(1000))
+
+
+def test_a_hint_that_fails_is_no_hint(capsys):
+    assert judge(lambda A, B, alpha: 2 + B @ A, hint=lambda *_: 1 / 0).passed is False
+    assert "entry [0, 0] is" in capsys.readouterr().out
+
+
 def test_an_interrupt_is_not_a_verdict():
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -183,7 +225,8 @@ def test_an_interrupt_is_not_a_verdict():
     (None, None, "not attempted yet."), (..., None, "not attempted yet."), ("", None, "not attempted yet."),
     (" B ", True, "correct: its loss explodes."), ("a", False, "a slow rate never jumps."),
     ("c", False, "look at step 1."),
-    ("d", False, "'d' is not one of the choices: a, b, c."), (2, False, "'2' is not one of the choices: a, b, c.")])
+    ("d", False, "'d' is not one of the choices: 'a', 'b', 'c'."),
+    (2, False, "'2' is not one of the choices: 'a', 'b', 'c'.")])
 def test_check_choice(answer, passed, text, capsys):
     verdict = check_choice("1.4", answer, "b", "its loss explodes.",
                            {"a": "a slow rate never jumps.", "c": "look at step 1."})
@@ -194,7 +237,9 @@ def test_check_choice(answer, passed, text, capsys):
     ({}, None, "not attempted yet."), ({"A": None, "B": ...}, None, "not attempted yet."),
     ({"A": "Rate", "B": "rank "}, True, "correct: see below."),
     ({"A": "rank", "B": "rank"}, False, "1 of 2 right; look at A: it explodes."),
-    ({"A": "rate"}, False, "1 of 2 right; look at B: it stops early.")])
+    ({"A": "rate"}, False, "1 of 2 right; look at B: it stops early."),
+    ({"A": "magic"}, False, "A: 'magic' is not one of the choices: 'rank', 'rate'."),
+    (["rate", "rank"], False, "give a dict with the keys 'A', 'B', not ['rate', 'rank'] (list).")])
 def test_check_match(answers, passed, text, capsys):
     verdict = check_match("1.4", answers, {"A": "rate", "B": "rank"}, "see below.",
                           {"A": "it explodes.", "B": "it stops early."})
@@ -206,7 +251,8 @@ def test_check_match(answers, passed, text, capsys):
     ("all", True, "a good choice, 0.24 nats per token on held-out data: every layer helps."),
     ("mlp", True, "a good choice, 0.25 nats"),
     ("qv", False, "qv scores 0.4 nats per token on held-out data; another choice reaches 0.24."),
-    ("head", False, "'head' is not one of the choices: qv, mlp, all.")])
+    ("head", False, "'head' is not one of the choices: 'qv', 'mlp', 'all'."),
+    (["qv"], False, "['qv'] is not one of the choices"), (" ALL ", True, "a good choice")])
 def test_check_decision(choice, passed, text, capsys):
     verdict = check_decision("1.5", choice, {"qv": 0.40, "mlp": 0.25, "all": 0.24}, within=0.02, because="every layer "
                                                                                                          "helps.")

@@ -109,3 +109,43 @@ def test_a_close_guess_looks_close(shown):
     ax = shown[0].axes[0]
     left, right = (ax.transAxes.inverted().transform(ax.transData.transform((x, 0)))[0] for x in (65000, 65536))
     assert 0 < right - left < 0.01 and ax.get_title() == "Your guess is within 5 %"
+
+
+WAYS = ("LoRA", "adapters", "prefix")
+
+
+def test_a_choice_is_right_or_wrong_in_words(capsys):
+    guess(" lora ", "which?", choices=WAYS).reveal("LoRA")
+    guess("prefix", "which else?", choices=WAYS).reveal("LoRA")
+    calibration()
+    assert capsys.readouterr().out.splitlines() == [
+        "your guess: LoRA", "your guess, LoRA, is right", "your guess: prefix", "your guess: prefix; the truth: LoRA",
+        "choices: 1 of 2 right"]
+
+
+def test_an_order_says_how_many_stand_in_their_place(capsys):
+    bet = guess(["prefix", "lora", "adapters"], "in which order?", choices=WAYS)
+    bet.reveal(("prefix", "adapters", "LoRA"))
+    assert "1 of 3 in place" in capsys.readouterr().out and bet.right is False
+    bet.reveal(["prefix", "LoRA", "adapters"])
+    assert bet.right is True
+
+
+@pytest.mark.parametrize("value", ["rank", ["LoRA"], ["LoRA", "LoRA", "prefix"], 3, [1, 2, 3]])
+def test_what_is_no_choice_is_refused(value):
+    with pytest.raises(ValueError, match="give one of 'LoRA', 'adapters', 'prefix'"):
+        guess(value, "which?", choices=WAYS)
+
+
+def test_without_a_choice_nothing_is_told(capsys):
+    guess(None, "which?", choices=WAYS).reveal("LoRA")
+    calibration()
+    assert "LoRA" not in capsys.readouterr().out
+
+
+def test_choices_and_numbers_are_summed_up_beside_each_other(capsys, shown):
+    guess("LoRA", "which?", choices=WAYS).reveal("LoRA")
+    guess(10, "how many?").reveal(20)
+    calibration()
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "choices: 1 of 1 right", "calibration: 1 of 2 guessed; half of them within a factor of 2; 1 too low"]
