@@ -27,7 +27,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 CODE = re.findall(r"^```python\n(.*?)```", README, re.S | re.M)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "lora_edu/models/fable/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "TEACHING.md", "lora_edu/models/fable/README.md"])
 def test_links_lead_somewhere(page):
     file = ROOT / page
     targets = re.findall(r"\]\(([^)#\s]+)\)", file.read_text(encoding="utf-8"))
