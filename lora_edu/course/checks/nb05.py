@@ -65,6 +65,7 @@ def check_fit(choice) -> Verdict:
         if word(checkpointing) not in ("true", "false", "0", "1"):
             raise ValueError(f"checkpointing is True or False, not {checkpointing!r}.")
         recipe, checkpointing = word(recipe), word(checkpointing) in ("true", "1")
+        batch = int(word(batch)) if word(batch).isdigit() else batch
         said = _billed(recipe, batch, checkpointing)
     except (TypeError, ValueError) as error:
         return say("5.4", False, f"{choice!r} cannot be billed: {error}")

@@ -9,7 +9,18 @@ from torch.utils.checkpoint import checkpoint
 from lora_edu.course.checks.nb01 import randn
 from lora_edu.course.checks.nb03 import equals
 from lora_edu.course.figures.memory import GB
-from lora_edu.course.page.exercises import Verdict, check, check_match, not_attempted, say
+from lora_edu.course.page.exercises import (
+    Verdict,
+    check,
+    check_match,
+    describe,
+    is_blank,
+    is_stub,
+    not_attempted,
+    say,
+    word,
+)
+from lora_edu.course.page.guarded import TooSlow, guarded
 from lora_edu.course.records.stored import load_record
 from lora_edu.lora.inject import apply_lora
 from lora_edu.lora.layer import LoRALinear
@@ -91,20 +102,26 @@ class Block(nn.Module):
 
 def check_checkpointed(student) -> Verdict:
     """Exercise 8.3: the plain block's gradients, with only the block's input kept."""
-    if student in (None, ...):
+    if student is None or student is ... or is_stub(student):
         return not_attempted("8.3")
     for seed in (0, 20):
         plain, block, x = Block(seed), Block(seed), randn(5, 8, seed=seed + 9)
-        plain(x).square().sum().backward()
+        answer = plain(x)
+        answer.square().sum().backward()
         wanted = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
         try:
-            with warnings.catch_warnings(), kept_by_autograd() as found:
+            with warnings.catch_warnings(), guarded(), kept_by_autograd() as found:
                 warnings.simplefilter("ignore")
                 got = student(block, x)
             if got is None or got is ...:
-                return not_attempted("8.3")
+                return say("8.3", False, "your function returns nothing: is a `return` missing?")
+            if not isinstance(got, torch.Tensor) or got.shape != answer.shape:
+                return say("8.3", False, f"got {describe(got)}, expected what the block returns, a tensor of shape "
+                                         f"{tuple(answer.shape)}.")
             if got.requires_grad:
                 got.square().sum().backward()
+        except TooSlow:
+            return say("8.3", False, "your function has not come back: is there a loop without an end in it?")
         except Exception as error:       # whatever a reader's code may raise is a verdict, not a traceback
             return say("8.3", False, f"your function raised {type(error).__name__}: {str(error)[:120]}")
         kept = len(found)
@@ -169,10 +186,12 @@ def check_runs(answers: dict[str, str | None] | None) -> Verdict:
 
 def check_plan(plan) -> Verdict:
     """Exercise 8.5: (recipe of the weights, products, rank, rate) for 8 billion parameters on a T4."""
-    if plan in (None, ...):
+    if is_blank(plan):
         return not_attempted("8.5")
     try:
         recipe, products, rank, lr = plan
+        recipe, products, lr = word(recipe), word(products), float(lr)
+        rank = int(word(rank)) if word(rank).isdigit() else rank
         said = bill(T4["model"], recipe=recipe, rank=rank, length=T4["length"], checkpointing=True)
     except (TypeError, ValueError) as error:
         return say("8.5", False, f"{plan!r} cannot be billed: {error}")

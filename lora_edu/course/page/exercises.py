@@ -7,6 +7,7 @@ shows no answer.
 import copy
 import dis
 import inspect
+import itertools
 import numbers
 import types
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def check(number: str, student, cases, oracle, hint=None) -> Verdict:
     if student is None or student is ... or is_stub(student):
         return not_attempted(number)
     if not callable(student):
-        return say(number, False, f"a function is wanted here, and this is {_describe(student)}.")
+        return say(number, False, f"a function is wanted here, and this is {describe(student)}.")
     for i, case in enumerate(cases, 1):
         wrong = _judge(student, case, oracle, hint)
         if wrong is not None:
@@ -83,7 +84,8 @@ def _judge(student, case, oracle, hint) -> str | None:
     try:
         with guarded():
             got = student(*given)
-            got = list(got) if isinstance(got, (types.GeneratorType, map, filter, zip, range)) else got
+            if isinstance(got, (types.GeneratorType, map, filter, zip, range)):
+                got = list(itertools.islice(got, 10**6))              # it may have no end
     except TooSlow:
         return f"your function has not come back after {SECONDS} seconds: is there a loop without an end in it?"
     except Exception as error:   # whatever a reader's code may raise is a verdict, not a traceback
@@ -113,16 +115,16 @@ def _difference(got, want) -> str | None:
     if isinstance(want, (tuple, list)) and _numbers(want) is None or isinstance(want, tuple):
         got = list(got) if isinstance(got, (torch.Tensor, np.ndarray)) and got.ndim else got
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
-            return f"expected {_count(want)}, got {_describe(got)}."
+            return f"expected {_count(want)}, got {describe(got)}."
         found = ((i, _difference(g, w)) for i, (g, w) in enumerate(zip(got, want), 1))
         return next((f"value {i}: {wrong}" for i, wrong in found if wrong), None)
     target, answer = _numbers(want), _numbers(got)
     if target is None:
         same = (isinstance(got, str) if isinstance(want, str) else type(got) is type(want)) and got == want
-        return None if same else f"got {_describe(got)}, expected {_describe(want)}."
+        return None if same else f"got {describe(got)}, expected {describe(want)}."
     if answer is None:
         kind = f"numbers of shape {tuple(target.shape)}" if target.ndim else "a number"
-        return f"got {_describe(got)}, expected {kind}."
+        return f"got {describe(got)}, expected {kind}."
     if answer.shape != target.shape:
         return f"the shape is {tuple(answer.shape)}, expected {tuple(target.shape)}."
     return _farthest(answer, target, _tolerance(want), coarse=_is_coarse(got))
@@ -182,7 +184,7 @@ def _numbers(value) -> torch.Tensor | None:
     return None if tensor.is_complex() else tensor.double()
 
 
-def _describe(value) -> str:
+def describe(value) -> str:
     if isinstance(value, (list, tuple)) and not value:
         return f"an empty {type(value).__name__}"
     numbers_of = _numbers(value)
@@ -248,7 +250,7 @@ def check_match(number: str, answers: dict, right: dict, because: str, hints: di
     if is_blank(answers):
         return not_attempted(number)
     if not isinstance(answers, dict):
-        return say(number, False, f"give a dict with the keys {_quoted(right)}, not {_describe(answers)}.")
+        return say(number, False, f"give a dict with the keys {_quoted(right)}, not {describe(answers)}.")
     given = {word(key): answer for key, answer in answers.items()}
     if all(is_blank(answer) for answer in given.values()):
         return not_attempted(number)

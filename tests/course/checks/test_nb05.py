@@ -69,3 +69,15 @@ def test_the_wrong_row():
     for other in ("7B in full", "13B in full", "65B in full", "7B with LoRA", "13B with LoRA", "none"):
         verdict = nb05.check_wrong_row(other)
         assert verdict.passed is False and len(verdict.line) > 30
+
+
+@pytest.mark.parametrize("choice", [("NF4 ", 6.0, 1), ["'nf4'", "6", "True"], ("nf4-double", 6, True)])
+def test_a_choice_that_fits_in_other_words(choice):
+    assert nb05.check_fit(choice)
+
+
+@pytest.mark.parametrize("choice", [("nf4", 6, "yes"), ("nf4", 6, "checkpointing"), {"nf4": 6}, "nf4", 6, (1, 2, 3),
+                                    [[1], 2, 3]])
+def test_a_choice_that_is_none_is_told_and_raises_nothing(choice):
+    verdict = nb05.check_fit(choice)
+    assert verdict.passed is False and len(verdict.line) > 30
