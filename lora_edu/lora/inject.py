@@ -129,8 +129,8 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
     >>> apply_lora(model, ["0"], rank=2, alpha=4)     # doctest: +NORMALIZE_WHITESPACE
     layer  count  shape (out x in)  trainable numbers
     0          1            8 x 12                 40
-    rank 2, alpha 4, scaling 2: 40 of 171 parameters train (23.39%); the adapter is 160 bytes, merging keeps 384 more in
-    memory.
+    rank 2, alpha 4, scaling 2: 40 of 171 parameters train (23.39%); the adapter is 160 bytes, merging keeps 384 more
+    of them.
     """
     model = unwrap(model)
     chosen = choose_layers(model, target_modules, rank, alpha, dropout)

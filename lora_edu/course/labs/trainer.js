@@ -14,7 +14,7 @@ export default { render({ model, el }) {
   const runs = () => model.get("runs"), steps = (state) => (known(state) ? record.tasks[state.task].steps : data.steps);
   let playing = false, waiting = null, timer = null;
   page.fit = (next, changes) => ({                           // under 2r alpha follows the rank; a guess is of one task,
-    alpha: next.rule === "2r" ? 2 * next.rank : changes.rule === "fixed" ? data.fixed : next.alpha,
+    alpha: next.rule === "2r" ? 2 * next.rank : changes.rule === "fixed" ? data.fixed : changes.rule === "rslora" ? data.rslora : next.alpha,
     drawn: "task" in changes || "guess" in changes ? null : next.drawn });      // and drawn or told
   const ask = (what) => {
     if (waiting || runs().ended) return;
@@ -120,7 +120,7 @@ export default { render({ model, el }) {
       : problem || `step ${now?.done ?? 0} of ${now?.steps ?? steps(state)}` + (!now ? ": press Play, or Step" : now.diverged ? `: diverged at step ${now.diverged}, the loss is no finite number any more; choose a smaller rate or alpha`
         : now.complete ? ": complete; move a slider, or press New run" : now.done === now.steps ? ": now the exam" : "");
     const miss = state.hide && now?.complete && !now.diverged ? `\nyou guessed ${drawn(state).at(-1)[1].toFixed(2)} at the end, it is ${now.points.at(-1)[1].toFixed(2)}` : "";
-    const alphas = record?.grid.some((run) => run.rule === "fixed") ? `2r or ${data.fixed}` : "2r";
+    const alphas = record?.grid.some((run) => run.rule === "fixed") ? `2r, ${data.fixed}, or ${short(data.rslora)} under rsLoRA` : "2r";
     const unknown = known(state) && !recorded(record, state) ? `\nthe record has no run of this setting: it has rank ${record.ranks.join(", ")} with alpha ${alphas}, rates ` +
       `${record.rates.map(short).join(", ")}, on all-linear` : "";
     return `${stage}\n${data.tasks[state.task]}, ${state.targets}, r ${state.rank}, alpha ${short(state.alpha)}, lr ${short(state.lr)}; scaling = alpha / ${state.rule === "rslora" ? "√r" : "r"} = ${scaling.toFixed(2)}; ${number(count)} trainable parameters, ${number(4 * count)} bytes in float32; ` +

@@ -37,6 +37,7 @@ from lora_edu.training.loop import sixteen_bits
 RATES = [5e-4 * 2**i for i in range(9)]     # 0.0005 to 0.128
 FINER = [rate / 8 for rate in RATES] + [0.032]      # larger models want smaller ones
 EARLIER = 5                                  # finished curves that stay
+RSLORA_ALPHA = LoRASettings.by_rule("rslora", 8).alpha        # so that the three rules agree at rank 8
 BEGIN = {"task": "bistro", "targets": "all-linear", "rule": "2r", "rank": 8, "alpha": 16, "lr": 8e-3, "like": True,
          "hide": False, "guess": 1.0, "drawn": None}
 
@@ -170,8 +171,9 @@ class Trainer(Lab):
         self.lock = threading.RLock()              # JupyterLab may run two callbacks in two threads
         counts, most = adaptable(base)
         data = {"title": "live trainer", "tasks": tasks, "rules": RULES, "rates": list(rates), "steps": steps,
-                "fixed": FIXED_ALPHA, "counts": counts, "ranks": (ranks := ranks_up_to(most)),
-                "alphas": sorted({1, 2, 4, FIXED_ALPHA} | {2 * rank for rank in ranks}), "record": record,
+                "fixed": FIXED_ALPHA, "rslora": RSLORA_ALPHA, "counts": counts, "ranks": (ranks := ranks_up_to(most)),
+                "alphas": sorted({1, 2, 4, FIXED_ALPHA, RSLORA_ALPHA} | {2 * rank for rank in ranks}),
+                "record": record,
                 "plain": plain,
                 "place": {"own": where, "like": f"{record['settings']['rows'] if record else ''} rows a step and the "
                           "precision of the record"}}
