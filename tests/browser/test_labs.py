@@ -341,7 +341,7 @@ def test_a_pinned_bill_stays_beside_the_other_and_small_models_are_in_megabytes(
     page.get_by_role("button", name="pin this as A").click()
     control(page, "model").select_option("fable")
     title = page.locator(".title").inner_text().splitlines()
-    assert title[0].startswith("A: llama-3.1-8b, lora r 8") and title[0].endswith("40.4 GB")
+    assert title[0].startswith("A: llama-3.1-8b, lora r 8") and title[0].endswith("40.9 GB")
     assert title[1].startswith("B: fable, lora r 8") and title[1].endswith(" MB")
     page.get_by_role("button", name="unpin").click()
     assert page.locator(".title").inner_text().startswith("fable")
@@ -370,7 +370,7 @@ def test_a_cell_of_the_map_is_chosen_by_a_click_and_says_what_the_record_says(ma
     assert f"in this row rank 64 at learning rate {best['lr']:g}, test {best['test']:.3f}" in said(page)
     control(page, "task", "python_docs").click()
     assert control(page, "measure", "slots").get_attribute("aria-disabled") == "true"
-    assert page.locator("svg[role=img]").count() == 3, "both rules side by side, and the path"
+    assert page.locator("svg[role=img]").count() == 4, "three rules side by side, and the path"
     control(page, "task", "bistro").click()
     control(page, "measure", "slots").click()
     control(page, "task", "python_docs").click()

@@ -115,7 +115,7 @@ def test_alpha_follows_the_rank_under_2r_and_is_locked(page):
     assert page.evaluate("""() => { const { record } = window.model.get('data'), state = window.model.get('state');
         return [16, 8].map((alpha) => Boolean(window.lab.recorded(record, { ...state, alpha }))); }""") == [True, False]
     page.get_by_role("button", name="rsLoRA").click()
-    assert "scaling = alpha / √r = 0.13" in said(page)
+    assert "alpha 5.66" in said(page) and "scaling = alpha / √r = 0.71" in said(page), "the one of the record"
 
 
 def test_the_record_is_drawn_pale_unless_the_reader_guesses_first(page, trainer):
