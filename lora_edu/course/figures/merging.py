@@ -120,7 +120,7 @@ def plot_gain_kept(curves: dict, marks: dict, title: str) -> Figure:
         ax.axvline(size, color=GREY, linestyle=":", linewidth=1.2)
         ax.annotate(name, (size, 0.02), xytext=(2, 0), textcoords="offset points", rotation=90, fontsize=8,
                     color=BLACK, va="bottom")
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.2, 0))
     return fig
 
 
