@@ -1,5 +1,6 @@
 """The reader's copies: theirs is never written over, what they did not change follows the course."""
 import json
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +77,21 @@ def test_a_lost_copy_comes_back(course, mine):
     (mine / "01_b.ipynb").unlink()
     copies.renew(course)
     assert text(mine / "01_b.ipynb") == "two"
+
+
+def test_below_a_question_stands_no_stored_answer(course, mine):
+    said = [{"output_type": "stream", "name": "stdout", "text": ["0.19"]}]
+    book(course / "notebooks" / "02_c.ipynb", "import x", "bet = guess(None, 'how much?')", "measure()", "show(it)",
+         "bet.reveal(0.19)", "claim('so it is', True)", "other = guess(None, 'which?')", outputs=said)
+    copies.renew(course)
+    cells = json.loads((mine / "02_c.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert [bool(cell["outputs"]) for cell in cells] == [True, True, False, False, False, True, True]
+    assert copies.renew(course) == [], "it is nobody's change"
+
+
+def test_every_question_of_the_course_is_answered_in_its_notebook_and_not_in_its_copy():
+    for path in sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb")):
+        text = path.read_text(encoding="utf-8")
+        before, after = (json.loads(each)["cells"] for each in (text, copies.without_answers(text)))
+        emptied = sum(bool(cell.get("outputs")) for cell in before) - sum(bool(cell.get("outputs")) for cell in after)
+        assert emptied >= text.count("guess(None") and [c["source"] for c in before] == [c["source"] for c in after]

@@ -1,11 +1,13 @@
 """The reader's own copies of the notebooks: what is run, changed and saved there is no file of the course.
 
 `python dev.py lab` calls `renew`. A copy of which no cell was changed is brought up to date with the course; a changed
-one is the reader's, and is never written over. Standard library only: dev.py imports this.
+one is the reader's, and is never written over. Where a notebook asks for a guess, its copy has no stored answer below.
+Standard library only: dev.py imports this.
 """
 import hashlib
 import json
 import os
+import re
 import shutil
 
 from tools.links import write
@@ -69,5 +71,28 @@ def set_aside(copy):
 def write_copy(source, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, part)
+    if source.suffix == ".ipynb":
+        part.write_text(without_answers(source.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        shutil.copyfile(source, part)
     os.replace(part, target)
+
+
+def without_answers(text):
+    """A notebook without the stored outputs that stand between a question, ``bet = guess(None, ...)``, and the cell
+    that answers it, ``bet.reveal(...)``, which loses its own, too.
+    """
+    try:
+        notebook = json.loads(text)
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        sources = ["".join(cell["source"]) for cell in cells]
+    except (ValueError, KeyError, TypeError):
+        return text
+    hidden = set()
+    for asked, source in enumerate(sources):
+        for name in re.findall(r"^(\w+) = guess\(None", source, re.MULTILINE):
+            told = next((i for i in range(asked + 1, len(sources)) if f"{name}.reveal(" in sources[i]), asked)
+            hidden |= set(range(asked + 1, told + 1))
+    for i in hidden:
+        cells[i] |= {"outputs": [], "execution_count": None}
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
