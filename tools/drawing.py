@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 from tools.links import write  # noqa: E402
 
 GREY, BLUE, VERMILLION = "#d9d9d9", "#0072B2", "#D55E00"
+SIDE = 130               # of 256 numbers; a rank of 6, to the same scale
+THIN = SIDE * 6 / 256
 
 
 def draw():
@@ -23,17 +25,20 @@ def draw():
     fig = Figure(figsize=(7.2, 2.0), facecolor="white")
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 720), ylim=(0, 200))
     ax.axis("off")
-    for x, y, width, height, colour in ((40, 50, 130, 130, GREY), (330, 50, 20, 130, VERMILLION),
-                                        (370, 160, 130, 20, BLUE)):
-        ax.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="#333333", linewidth=0.8))
-    for x, y, text, side in ((105, 115, "$W_0$, frozen", "center"),
+    for x, y, width, height, colour in ((40, 50, SIDE, SIDE, GREY), (345, 50, THIN, SIDE, VERMILLION),
+                                        (370, 180 - THIN, SIDE, THIN, BLUE)):
+        ax.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="#333333",
+                               linewidth=0.8 * (width == height)))
+    for x, y, text, side in ((105, 122, "$W_0$, frozen", "center"),
+                             (105, 98, r"$256 \times 256$", "center"),
                              (105, 28, "what the model knows", "center"),
                              (200, 115, "+", "center"),
                              (266, 115, r"strength $\cdot\ \frac{\alpha}{r}\ \cdot$", "center"),
-                             (340, 28, "$B$, tall", "center"), (435, 140, "$A$, wide", "center"),
-                             (435, 28, "the new trade", "center"), (530, 140, r"$256 \times 256$ stay,", "left"),
-                             (530, 112, r"$6 \cdot (256 + 256)$ learn,", "left"),
-                             (530, 84, "in a square matrix.", "left")):
+                             (346, 28, r"$B$, $256 \times 6$", "center"),
+                             (435, 156, r"$A$, $6 \times 256$", "center"),
+                             (470, 28, "the new trade", "center"), (530, 140, "65,536 numbers stay,", "left"),
+                             (530, 112, r"$6 \cdot 512 = 3{,}072$ learn.", "left"),
+                             (530, 84, "(Drawn to scale.)", "left")):
         ax.text(x, y, text, ha=side, va="center", fontsize=18 if text == "+" else 11, color="#222222")
     made = io.BytesIO()
     fig.savefig(made, format="png", dpi=130, metadata={"Software": None})
