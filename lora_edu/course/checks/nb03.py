@@ -122,9 +122,9 @@ def check_mystery(answer: str | None) -> Verdict:
                                     "is spread over many directions. What do random labels ask of a model?"})
 
 
-def check_rank(choice: int | None, budget: float = 0.40) -> Verdict:
+def check_rank(choice: int | None, budget: float = 0.05) -> Verdict:
     """Exercise 3.5: the smallest recorded rank that loses at most ``budget`` nats per token on test, mean over the
-    seeds.
+    seeds, where everything was trained and the rest is the tuned one.
     """
     costs = rank_costs()
     best = min(rank for rank, cost in costs.items() if cost <= budget)
@@ -139,14 +139,16 @@ def check_rank(choice: int | None, budget: float = 0.40) -> Verdict:
 
 def rank_costs() -> dict[int, float]:
     """Nats per token on test that each recorded rank from 1 on loses against the whole update of bistro, mean over
-    the seeds.
+    the seeds: of the matrices, with the tuned embedding and norms.
     """
     ranks = load_record("spectra")["settings"]["ranks"]
-    losses = [mean(at_rank) for at_rank in zip(*(run["cut"][0]["test"] for run in _runs("bistro", None)))]
+    cuts = [next(cut["test"] for cut in run["cut"] if cut["rest"] == "tuned")
+            for run in _runs("bistro", None, "everything")]
+    losses = [mean(at_rank) for at_rank in zip(*cuts)]
     return {rank: loss - losses[-1] for rank, loss in zip(ranks, losses) if rank > 0}
 
 
-def _runs(task: str, null: str | None) -> list[dict]:
-    """The record's runs of one kind that trained exactly the matrices."""
+def _runs(task: str, null: str | None, trains: str = "matrices") -> list[dict]:
+    """The record's runs of one kind."""
     return [run for run in load_record("spectra")["runs"]
-            if (run["task"], run["null"], run["trains"]) == (task, null, "matrices")]
+            if (run["task"], run["null"], run["trains"]) == (task, null, trains)]

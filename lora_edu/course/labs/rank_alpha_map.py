@@ -8,10 +8,11 @@ import itertools
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from lora_edu.course.figures.spectra import readable_on
 from lora_edu.course.labs.lab import Lab
-from lora_edu.course.page.show import LABELS, new_figure
+from lora_edu.course.page.show import BLACK, LABELS, new_figure
 from lora_edu.course.records.rank import best_of
 from lora_edu.lora.settings import RULES
 from lora_edu.course.tasks import TASKS
@@ -81,13 +82,15 @@ def opened(trainer, setting: dict) -> str:
 
 def in_words(data: dict, state: dict) -> str:
     """The best of each row by validation, for each rule: what the maps show at a glance."""
-    lines = [f"{data['tasks'][state['task']]['words']}, the best learning rate of each rank, chosen on validation "
-             "(test loss in nats per token)"]
-    for rule, words in data["rules"].items():
-        best = [best_of(data["grid"], state["task"], rank, rule) for rank in data["ranks"]]
-        lines.append(f"{words}: " + ", ".join(
-            f"rank {run['rank']}: " + ("none" if run["valid"] is None else f"{run['lr']:g} ({run['test']:.3f})")
-            for run in best))
+    lines = []
+    for task in (state["task"], *(other for other in data["tasks"] if other != state["task"])):
+        lines.append(f"{data['tasks'][task]['words']}, the best learning rate of each rank, chosen on validation "
+                     "(test loss in nats per token)")
+        for rule, words in data["rules"].items():
+            best = [best_of(data["grid"], task, rank, rule) for rank in data["ranks"]]
+            lines.append(f"{words}: " + ", ".join(
+                f"rank {run['rank']}: " + ("none" if run["valid"] is None else f"{run['lr']:g} ({run['test']:.3f})")
+                for run in best))
     return "\n".join(lines)
 
 
@@ -96,13 +99,19 @@ def picture(data: dict, state: dict, cells: dict) -> Figure:
     ranks, rates = data["ranks"], data["rates"]
     fig, parts = new_figure(width=4.4 * len(data["rules"]), height=3.2, columns=len(data["rules"]),
                             xlabel=LABELS["lr"], ylabel=LABELS["rank"])
-    fig.suptitle("Test loss by rank and learning rate: brighter is better")
+    fig.suptitle(f"{data['tasks'][state['task']]['words'].capitalize()}, test loss: brighter is better, a frame is a "
+                 "row's best by validation")
     for ax, (rule, words) in zip(np.atleast_1d(parts), data["rules"].items()):
         table = np.array([[cells[state["task"], rule, rank, rate]["test"] for rate in rates] for rank in ranks], float)
         image = ax.imshow(-table, cmap="cividis", vmin=-np.nanquantile(table, 0.7), aspect="auto", origin="lower")
         for (y, x), value in np.ndenumerate(table):
             ax.text(x, y, "✕" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=7,
                     color=readable_on(image.cmap(image.norm(-value))[:3]))
+        for y, rank in enumerate(ranks):
+            best = best_of(data["grid"], state["task"], rank, rule)
+            if best["valid"] is not None:
+                ax.add_patch(Rectangle((rates.index(best["lr"]) - 0.46, y - 0.44), 0.92, 0.88, fill=False,
+                                       edgecolor=BLACK, linestyle="--", linewidth=1.5))
         ax.set(title=words, xticks=range(len(rates)), yticks=range(len(ranks)), yticklabels=ranks)
         ax.set_xticklabels([f"{rate:g}" for rate in rates], fontsize=7)
         ax.grid(visible=False)

@@ -290,7 +290,7 @@ def test_a_stub_is_not_attempted(number, stub, capsys):
 CHOICES = {"0.4": (nb00.check_dial, [0.5, "0.5", np.float64(0.5), Fraction(1, 2)]),
            "1.5": (nb01.check_rank, [8, 8.0, "8", np.int64(8)]),
            "3.4": (nb03.check_mystery, ["R", " r ", "'R'", np.str_("R")]),
-           "3.5": (nb03.check_rank, [16, 16.0, "16", np.int64(16)]),
+           "3.5": (nb03.check_rank, [32, 32.0, "32", np.int64(32)]),
            "5.2": (nb05.check_wrong_row, ["65B with LoRA", "65b  with lora", "'65B with LoRA'", " 65B with LoRA"])}
 ODD = [["R"], {"a": 1}, object(), 3.7, (1, 2), torch.ones(2), lambda: 1, "everything", b"R", [[1], [2, 3]], True, -1]
 

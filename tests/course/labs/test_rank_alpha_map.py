@@ -61,10 +61,12 @@ def test_the_stored_cell_says_the_best_of_each_row_by_validation(record):
         if (r["rule"], r["rank"]) == ("fixed", 1):
             r |= {"valid": None, "test": None, "tales": None, "diverged": 3, "path": []}
     shown = grid_explorer(record)._repr_mimebundle_()[0]
-    assert shown["text/plain"].splitlines() == [
+    said = shown["text/plain"].splitlines()
+    assert said[-1] == "Run this cell to move it." and said[3].startswith("documentation, the best learning rate")
+    assert len(said) == 7 and said[:3] == [
         "restaurants, the best learning rate of each rank, chosen on validation (test loss in nats per token)",
         "alpha = 2r: rank 1: 0.016 (2.513), rank 4: 0.002 (2.610), rank 16: 0.008 (1.912)",
-        "alpha fixed: rank 1: none, rank 4: 0.008 (2.262), rank 16: 0.008 (1.962)", "Run this cell to move it."]
+        "alpha fixed: rank 1: none, rank 4: 0.008 (2.262), rank 16: 0.008 (1.962)"]
     assert "<img alt=" in shown["text/html"]
 
 
