@@ -59,3 +59,14 @@ def test_exercises_are_complete(path):
     printed = "".join(t for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"]
                       for t in o.get("text", []))
     assert printed.count("not attempted yet") == len(headed)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
+def test_a_hint_stands_before_each_solution_and_ten_questions_at_the_end(path):
+    cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+             if c["cell_type"] == "markdown"]
+    solutions = [i for i, text in enumerate(cells) if text.startswith("<details><summary>Solution</summary>")]
+    hints = [i for i, text in enumerate(cells) if text.startswith("<details><summary>A hint</summary>")]
+    assert hints == [i - 1 for i in solutions] and len(hints) == len(exercises(path))
+    (quiz,) = [text for text in cells if "<summary>Could you say? Ten questions" in text]
+    assert [int(n) for n in re.findall(r"^(\d+)\. \*\*.+?\*\* \S", quiz, re.M)] == list(range(1, 11))
