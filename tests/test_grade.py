@@ -16,7 +16,7 @@ GOOD = {"def adam_bytes": "def adam_bytes(parameters, weight, state):\n"
                           "    return parameters * (2 * weight + 2 * state)\n",
         "def lora_count": "BOTH = 2\n\n\ndef rows(hidden, kv):\n    return (hidden + hidden) + (hidden + kv)\n\n\n"
                           "def lora_count(layers, hidden, kv, rank):\n    return layers * rank * rows(hidden, kv)\n",
-        "wrong_row = None": 'wrong_row = "65B with LoRA"\n', "my_choice = None": 'my_choice = ("nf4", 6, True)\n'}
+        "wrong_row = None": 'wrong_row = "70B with LoRA"\n', "my_choice = None": 'my_choice = ("nf4", 6, True)\n'}
 NUMBERS = ["5.1", "5.2", "5.3", "5.4"]
 
 
@@ -52,7 +52,7 @@ def test_wrong_answers_a_raise_and_a_loop_without_an_end(tmp_path):
     raises = "def adam_bytes(parameters, weight, state):\n    raise SystemExit\n"
     endless = "def lora_count(layers, hidden, kv, rank):\n    while True:\n        pass\n"
     rows = grade.grade(handed_in(tmp_path, {"def adam_bytes": raises, "def lora_count": endless,
-                                            "wrong_row = None": 'wrong_row = "7B in full"\n'}))
+                                            "wrong_row = None": 'wrong_row = "8B in full"\n'}))
     lines = {exercise: line for _, exercise, _, line in rows}
     assert verdicts(rows) == {"check_adam_bytes": "wrong", "5.2": "wrong", "5.3": "wrong", "5.4": "not attempted"}
     assert "SystemExit" in lines["check_adam_bytes"] and "loop without an end" in lines["5.3"]

@@ -5,7 +5,7 @@ from statistics import mean
 import torch
 
 from lora_edu.course.checks.nb01 import randn
-from lora_edu.course.page.exercises import Verdict, check, check_choice
+from lora_edu.course.page.exercises import Verdict, check, check_choice, check_match
 from lora_edu.course.records.stored import load_record
 
 MYSTERY_MATRIX = "model.layers.1.self_attn.o_proj"
@@ -109,17 +109,19 @@ def mystery_spectra() -> dict[str, list[float]]:
     return spectra
 
 
-def check_mystery(answer: str | None) -> Verdict:
-    """Exercise 3.4."""
-    return check_choice("3.4", answer, right="R",
-                        because="random labels ask for the same answer everywhere, every token equally likely: a few "
-                                "directions give it.",
-                        hints={"P": "documentation: real sentences, "
-                                    "more than one thing to learn. Which curve starts highest?",
-                               "Q": "wrong sentences are still sentences: this one can hardly be told from S. Which "
-                                    "curve stands apart?",
-                               "S": "restaurants: its energy "
-                                    "is spread over many directions. What do random labels ask of a model?"})
+SENTENCES = "restaurants, right or wrong"
+
+
+def check_mystery(answers: dict[str, str | None] | None) -> Verdict:
+    """Exercise 3.4: two of the four can be told from the others, and not from each other."""
+    return check_match("3.4", answers, right={"P": "documentation", "Q": SENTENCES, "R": "random targets",
+                                              "S": SENTENCES},
+                       because="random labels ask for the same answer everywhere, every token equally likely: a few "
+                               "directions give it. Sentences right or wrong leave one and the same spectrum.",
+                       hints={"P": "two lie on each other, one starts far above; which is left?",
+                              "Q": "which other curve can it not be told from? Section 4 had two such trainings.",
+                              "R": "which curve starts highest? What do random labels ask of a model?",
+                              "S": "which other curve can it not be told from? Section 4 had two such trainings."})
 
 
 def check_rank(choice: int | None, budget: float = 0.05) -> Verdict:

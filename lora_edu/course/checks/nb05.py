@@ -93,14 +93,13 @@ def most(recipe: str, checkpointing: bool) -> int:
 
 
 def check_wrong_row(answer: str | None) -> Verdict:
-    """Exercise 5.2, the puzzle that opens the notebook."""
-    return check_choice("5.2", answer, right="65B with LoRA",
-                        because="16-bit weights of 65 billion parameters are 131 GB before anything trains; 80 GB "
-                                "needs a quantised base.",
-                        hints={"7B in full": "8 bytes for each of 7 billion parameters is 56 GB: a recipe (all in 16 "
-                                             "bits), if not the article's own.",
-                               "13B in full": "8 bytes × 13 billion: the same recipe as the row above.",
-                               "65B in full": "8 bytes × 65 billion: the same recipe once more.",
-                               "7B with LoRA": "2 bytes × 7 billion: the weights alone, but it can be had.",
-                               "13B with LoRA": "2 bytes × 13 billion is 26 GB, and 24.2 GiB: "
-                                                "another unit, not another truth."})
+    """Exercise 5.2: another table, whose sound cells follow three conventions."""
+    return check_choice("5.2", answer, right="70B with LoRA",
+                        because="16-bit weights of 70 billion parameters are 140 GB, or 130 GiB, before anything "
+                                "trains; 48 GB needs a quantised base.",
+                        hints={"8B in full": "16 bytes for each of 8 billion parameters: mixed precision, or float32.",
+                               "8B with LoRA": "2 bytes × 8 billion: the weights alone, but it can be had.",
+                               "34B in full": "8 bytes × 34 billion: all in 16 bits.",
+                               "34B with LoRA": "2 bytes × 34 billion is 68 GB, and 63.3 GiB: another unit, not "
+                                                "another truth.",
+                               "70B in full": "8 bytes × 70 billion: the recipe of the row above."})

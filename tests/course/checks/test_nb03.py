@@ -113,9 +113,15 @@ def test_checker(checker, answer, passed, says, capsys):
     assert says in capsys.readouterr().out
 
 
+MYSTERY = {"P": "documentation", "Q": nb03.SENTENCES, "R": "random targets", "S": nb03.SENTENCES}
+
+
 @pytest.mark.parametrize("answer, passed, says", [
-    (None, None, "not attempted"), ("R", True, "correct"), ("r ", True, "correct"), ("P", False, "documentation"),
-    ("Q", False, "wrong sentences"), ("S", False, "spread over many"), ("T", False, "choices: 'P', 'Q', 'R', 'S'")])
+    (None, None, "not attempted"), (MYSTERY, True, "correct"),
+    (MYSTERY | {"P": "random targets"}, False, "which is left"),
+    (MYSTERY | {"R": "documentation", "P": "random targets"}, False, "2 of 4"),
+    (MYSTERY | {"Q": "documentation"}, False, "can it not be told from"), ("R", False, "give a dict"),
+    (MYSTERY | {"S": "noise"}, False, "not one of the choices")])
 def test_the_mystery(answer, passed, says, capsys):
     assert nb03.check_mystery(answer).passed is passed
     assert says in capsys.readouterr().out

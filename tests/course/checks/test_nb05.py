@@ -64,11 +64,14 @@ def test_other_choices_are_told_why(choice, said):
 
 
 def test_the_wrong_row():
-    assert nb05.check_wrong_row("65B with LoRA") and nb05.check_wrong_row(" 65b with lora ")
+    assert nb05.check_wrong_row("70B with LoRA") and nb05.check_wrong_row(" 70b with lora ")
     assert nb05.check_wrong_row(None).passed is None
-    for other in ("7B in full", "13B in full", "65B in full", "7B with LoRA", "13B with LoRA", "none"):
+    for other in ("8B in full", "34B in full", "70B in full", "8B with LoRA", "34B with LoRA", "none"):
         verdict = nb05.check_wrong_row(other)
         assert verdict.passed is False and len(verdict.line) > 30
+    sound = {"8B in full": 128 == 16 * 8, "34B in full": 272 == 8 * 34, "70B in full": 560 == 8 * 70,
+             "8B with LoRA": 16 == 2 * 8, "34B with LoRA": round(2 * 34e9 / 2**30) == 63}
+    assert all(sound.values()) and 48e9 < 2 * 70e9
 
 
 @pytest.mark.parametrize("choice", [("NF4 ", 6.0, 1), ["'nf4'", "6", "True"], ("nf4-double", 6, True)])
