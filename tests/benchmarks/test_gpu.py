@@ -65,4 +65,4 @@ def test_the_ledger_is_beside_the_peak():
                                                                       ("lora", False), ("lora", True)]
     for row in rows:
         assert row["kept"] == pytest.approx(row["predicted kept"], rel=0.03) and row["predicted"] > row["kept"]
-    assert torch.cuda.is_available() or {row["peak"] for row in rows} == {None}
+        assert row["peak"] > row["kept"]

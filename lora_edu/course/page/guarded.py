@@ -35,7 +35,8 @@ def guarded(seconds: float = SECONDS) -> Iterator[None]:
         torch.set_grad_enabled(before[0])
         torch.set_default_dtype(before[1])
         if torch.get_default_device() != before[2]:
-            torch.set_default_device(before[2])
+            # None, not "cpu": a set default device is a mode, under which torch leaves some of its fast paths
+            torch.set_default_device(None if before[2].type == "cpu" else before[2])
 
 
 @contextmanager

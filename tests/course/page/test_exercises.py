@@ -199,6 +199,7 @@ def test_torch_is_as_it_was_and_an_answer_has_its_time(monkeypatch, capsys):
     judge(meddles)
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert torch.ones(1).device.type == "cpu" and torch.equal(torch.get_rng_state(), state)
+    assert not torch.overrides._get_current_function_mode_stack()       # no default device is left set
     assert judge(endless).passed is False and "a loop without an end" in capsys.readouterr().out
 
 
