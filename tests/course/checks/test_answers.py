@@ -109,10 +109,7 @@ def leaves_torch_changed(student):
         torch.set_grad_enabled(False)
         torch.set_default_dtype(torch.float64)
         torch.manual_seed(5)
-        return after(student)(*case)
-
-    def after(student):
-        return lambda *case: None or {"a dict": student(*case)}
+        return {"a dict": student(*case)}
     return answer
 
 
@@ -250,7 +247,7 @@ def test_a_right_answer_is_right_in_every_dress(number, dress, capsys):
     assert checker(lambda *case: dress(student(*case))), capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [number for number in RIGHT if number not in ("6.1",)])
+@pytest.mark.parametrize("number", [number for number in RIGHT if number != "6.1"])       # which asks for a dtype
 def test_whole_numbers_may_come_as_floats_and_floats_in_double(number, capsys):
     checker, student = RIGHT[number]
     assert checker(lambda *case: each(as_float)(student(*case))), capsys.readouterr().out
@@ -260,21 +257,6 @@ def test_every_exercise_has_its_dozen():
     for number in RIGHT:
         assert sum(which == number for which, _ in WRONG.values()) >= 12 and len(DRESSES) >= 4
     assert OWN.keys() == RIGHT.keys()
-
-
-def test_an_endless_loop_ends(monkeypatch, capsys):
-    from lora_edu.course.page import exercises, guarded
-    monkeypatch.setattr(guarded, "SECONDS", 0.2)
-    monkeypatch.setattr(exercises, "guarded", lambda: guarded.guarded(0.2))
-
-    def endless(*case):
-        while True:
-            try:
-                sum(range(1000))
-            except Exception:
-                pass
-    assert nb05.check_adam_bytes(endless).passed is False
-    assert "a loop without an end" in capsys.readouterr().out
 
 
 STUBS = [lambda *case: None, lambda *case: ..., None, ...]

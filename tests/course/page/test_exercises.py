@@ -195,7 +195,10 @@ def test_torch_is_as_it_was_and_an_answer_has_its_time(monkeypatch, capsys):
 
     def endless(*case):
         while True:
-            pass
+            try:
+                sum(range(1000))
+            except Exception:       # the kind of answer that must not swallow the signal
+                pass
     judge(meddles)
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert torch.ones(1).device.type == "cpu" and torch.equal(torch.get_rng_state(), state)
