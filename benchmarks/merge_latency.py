@@ -20,7 +20,7 @@ from lora_edu.measure.timing import Times, interleaved, prefill
 from lora_edu.models.llama import Llama
 from lora_edu.models.pretrained import best_device
 from lora_edu.rivals.methods import variants
-from lora_edu.tables import text_table
+from lora_edu.tables import Table
 
 MERGED, LOW, HIGH = "merged and unloaded", 0.97, 1.03
 
@@ -65,7 +65,7 @@ def main() -> None:
         rows.append((name,
                      *(f"{1000 * times.median(name):.2f}  {times.ratio(name, 'base').text()}"
                        for times in found.values())))
-    print(text_table(rows))
+    print(Table(rows[0], rows[1:]))
     print(f"{MERGED} / base: {verdict(found)}")
 
 

@@ -1,5 +1,6 @@
 """The command `lora-edu`: what fine-tuning changed (`spectrum`), a LoRA cut out of it (`extract`), what training
-costs (`memory`).
+costs (`memory`), and an adapter's folder: what it holds (`inspect`), made from another layout (`convert`), for
+llama.cpp (`gguf`).
 """
 import argparse
 import io
@@ -15,14 +16,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lora_edu.checkpoints.convert import convert_adapter
 from lora_edu.checkpoints.deltas import Deltas, deltas
 from lora_edu.checkpoints.extract import extract_lora
+from lora_edu.checkpoints.gguf_file import adapter_to_gguf
 from lora_edu.files import checksum, write_text, write_whole
+from lora_edu.lora.inspection import inspect_adapter
 from lora_edu.measure.memory import OPTIMIZERS, RECIPES, bill
 from lora_edu.measure.spectra import spectrum
 from lora_edu.models.pretrained import FABLE
 from lora_edu.models.sizes import PRESETS, sizes_of
 from lora_edu.tables import Table
+from lora_edu.training.group import STRATEGIES
 
 SIDES = "'fable', a folder, a .safetensors file, an old .bin or .pt file, or a name on the hub (owner/name)"
 HEAD = ("matrix", "shape", "change", "rank for 90 %", "effective rank", "stable rank", "above noise edge")
@@ -61,7 +66,27 @@ def parser() -> argparse.ArgumentParser:
     add_memory(verbs.add_parser("memory", help="what a training step needs in memory, by formula",
                                 description="What a training step needs in memory, by formula: "
                                             "no weights are read, none need exist."))
+    add_adapters(verbs)
     return top
+
+
+def add_adapters(verbs) -> None:
+    """The verbs about an adapter's folder."""
+    look = verbs.add_parser("inspect", help="what an adapter's folder holds, and what it asks for")
+    look.add_argument("folder", type=Path, metavar="FOLDER", help="an adapter in PEFT's format")
+    look.set_defaults(run=lambda args: print(inspect_adapter(args.folder)) or 0)
+    turn = verbs.add_parser("convert", help="an adapter of loralib, kohya, diffusers or MLX, in PEFT's format")
+    turn.add_argument("file", type=Path, metavar="FILE", help="its tensors: .safetensors, or an old .bin or .pt")
+    turn.add_argument("--base", required=True, metavar="BASE", help="the model it goes on: " + SIDES)
+    turn.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new or an empty folder")
+    turn.add_argument("--alpha", type=float, help="where the file holds none; alpha / rank is the scaling")
+    turn.add_argument("--targets", help="of a bare list of factors: q_proj,v_proj, the order within a layer")
+    turn.set_defaults(run=convert)
+    other = verbs.add_parser("gguf", help="an adapter of a LLaMA for llama.cpp")
+    other.add_argument("folder", type=Path, metavar="FOLDER", help="an adapter in PEFT's format")
+    other.add_argument("--base", required=True, metavar="FOLDER", help="the base's folder: its config.json is read")
+    other.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .gguf to write")
+    other.set_defaults(run=to_gguf)
 
 
 def told(text: str) -> tuple[str, str]:
@@ -86,6 +111,8 @@ def add_memory(verb: argparse.ArgumentParser) -> None:
                       help="tokens of a text; default: 2048, or the model's context where that is shorter")
     verb.add_argument("--checkpointing", action="store_true",
                       help="keep each block's input alone, and compute the block again")
+    verb.add_argument("--strategy", choices=STRATEGIES, help="the bill of one process among several")
+    verb.add_argument("--processes", type=int, default=1, help="how many; --batch is then of each")
     verb.set_defaults(run=show_memory)
 
 
@@ -93,10 +120,10 @@ def show_memory(args: argparse.Namespace) -> int:
     sizes = sizes_of(args.model)
     targets = args.targets if args.targets == "all-linear" else tuple(args.targets.split(","))
     said = bill(sizes, args.method, args.rank, targets, args.recipe, args.optimizer, args.batch, args.length,
-                args.checkpointing)
+                args.checkpointing, args.strategy, args.processes)
     method = "full fine-tuning" if args.method == "full" else f"LoRA rank {args.rank} on {args.targets}"
     print(f"{method}, {said.recipe}, {args.optimizer}, {args.batch} x {said.length} tokens" + ", checkpointing"
-          * args.checkpointing)
+          * args.checkpointing + f", one of {args.processes} processes ({args.strategy})" * bool(args.strategy))
     print(replace(said, model=args.model))
     return 0
 
@@ -135,6 +162,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("lora-edu: " + " ".join(str(error).split()), file=sys.stderr)
             return 1
     return status
+
+
+def convert(args: argparse.Namespace) -> int:
+    print(convert_adapter(args.file, source(args.base), args.out, args.alpha,
+                          args.targets.split(",") if args.targets else None))
+    return 0
+
+
+def to_gguf(args: argparse.Namespace) -> int:
+    check_place(args.out)
+    count = adapter_to_gguf(args.folder, source(args.base), args.out)
+    print(f"{count} matrices, {args.out.stat().st_size:,} bytes in {args.out}")
+    return 0
 
 
 def source(name: str) -> str | Path:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import socket
 import urllib.request
 import zipfile
@@ -102,8 +103,9 @@ def readable(file: Path) -> None:
         raise PermissionError(f"{file} is there and may not be read: give yourself the right to, or copy it.")
 
 
-def read_pickled(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an old .bin or .pt file, read by the loader that builds nothing but tensors.
+def read_pickled(file: Path, lists: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of an old .bin or .pt file, read by the loader that builds nothing but tensors; with `lists`, those
+    of a bare list too, called "0", "1" and so on.
 
     What training scripts wrap around them ("state_dict", "model_state_dict", "model") is taken off.
 
@@ -122,6 +124,8 @@ def read_pickled(file: Path) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         inner = loaded.get(key) if isinstance(loaded, Mapping) else None
         loaded = inner if isinstance(inner, Mapping) else loaded
+    if lists and isinstance(loaded, (list, tuple)):
+        loaded = {str(i): t for i, t in enumerate(loaded)}
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         held = f"a {type(loaded).__name__}" + (f" of {', '.join(map(repr, list(loaded)[:4]))}"
                                                if isinstance(loaded, Mapping) else "")
@@ -185,7 +189,7 @@ def write_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
             write(half[file])
         for file, part in half.items():
             if file in old:
-                file.replace(old[file])
+                _second_name(file, old[file])       # there is no moment in which the file is not there
             part.replace(file)
     except BaseException:                   # Ctrl-C too
         for file in (*half.values(), *new):
@@ -193,12 +197,27 @@ def write_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
         for file, kept in old.items():
             if kept.exists():
                 kept.replace(file)
+            kept.unlink(missing_ok=True)        # two names of one file: moving one to the other leaves both
         for folder in dict.fromkeys(made):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         raise
     for kept in old.values():
         kept.unlink(missing_ok=True)
+
+
+def _second_name(file: Path, other: Path) -> None:
+    other.unlink(missing_ok=True)
+    try:
+        os.link(file, other)
+    except OSError:                             # a file system without links, as of a mounted drive
+        shutil.copyfile(file, other)
+
+
+def check_new_folder(out: Path) -> None:
+    """Raise FileExistsError for a file, or a folder with something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already and is no empty folder: give a new name, or remove it first.")
 
 
 def once(file: Path | None, make: Callable[[], object]):

@@ -1,6 +1,7 @@
-"""Numbers that readers hand in, of whatever make, as Python's own; or None for what is no number."""
+"""Numbers that readers hand in, of whatever make, as Python's own, or None for what is none; and numbers in words."""
 import math
 import operator
+from collections.abc import Iterable
 
 
 def whole(value) -> int | None:
@@ -40,3 +41,14 @@ def bytes_in_words(count: float) -> str:
                       (1, "bytes"))
     value = count / size
     return f"{value:,.{0 if unit == 'bytes' or value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+
+
+def low_to_high(values: Iterable[float], form: str = "g") -> str:
+    """The least and the largest, or one number where they read the same.
+
+    >>> low_to_high([8, 2, 4]), low_to_high([1.0001, 1.0], ".3g")
+    ('2 to 8', '1')
+    """
+    values = [*values]
+    low, high = (f"{value:{form}}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

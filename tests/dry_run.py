@@ -1,15 +1,12 @@
 """What is rehearsed on the dry device: every public function, and a short path through every notebook.
 
     python tests/dry_run.py functions [SCENE...] [--plant]    --plant: the layer makes a tensor without a device
-    python tests/dry_run.py notebooks [NN...]                every cell, but trainings are a step and texts two tokens
+    python tests/dry_run.py notebooks [NN...]                every cell, in little time (shortened.py)
 
 The functions run on the CPU as well, and both find the same numbers. Ends with os._exit, because torch's own way out
 does not know the device; the status is 1 where something failed.
 """
-import contextlib
-import functools
 import inspect
-import itertools
 import json
 import math
 import os
@@ -31,13 +28,12 @@ from tests.dry_device import DryTensor  # noqa: E402  changes torch: before any 
 import lora_edu  # noqa: E402
 from lora_edu.course import lessons, planted, tasks  # noqa: E402
 from lora_edu.course.labs import live_run, merge_lab  # noqa: E402
-from lora_edu.course.page.claims import ClaimError  # noqa: E402
 from lora_edu.lora import layer, targets  # noqa: E402
 from lora_edu.lora.conv import LoRAConv  # noqa: E402
 from lora_edu.measure import memory_measured, operators, rounding, spectra, timing  # noqa: E402
-from lora_edu.models import sampling  # noqa: E402
 from lora_edu.rivals import methods  # noqa: E402
 from lora_edu.training import bistro, corpora, loop, stacked  # noqa: E402
+from tests.shortened import shorten_everything  # noqa: E402
 
 BATCH_SIZE, STEPS = 2, 2
 CPU_ONLY = "CPU is enough"           # in the header of a notebook that puts nothing on a device
@@ -91,7 +87,9 @@ def adapters(device):
     ids = ids_of(tokenizer)
     factors = {name: tensor.clone() for name, tensor in lora_edu.lora_state_dict(model).items()}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        size = lora_edu.save_adapter(model, folder)
+        optimizer = loop.adamw(model)
+        size = lora_edu.save_adapter(model, folder, optimizer=optimizer, step=3)
+        assert lora_edu.load_training(model, folder, optimizer) == 3
         other = fable(device)[0]
         lora_edu.load_adapter(other, folder)
         lora_edu.load_lora_state_dict(other, factors)
@@ -125,6 +123,10 @@ def stacks(device):
     heldout = bistro.heldout(tokenizer, 4)
     table = lora_edu.sweep(model, grid, lambda seed: bistro.batches(tokenizer, STEPS, BATCH_SIZE, seed), STEPS, heldout)
     stack = lora_edu.LoRAStack(model, grid)
+    alone = stack.unstack(1)
+    with tempfile.TemporaryDirectory() as folder:
+        lora_edu.save_adapter(alone, folder)
+        stack.load(1, folder)
     with stack.rows([1, 0]), torch.no_grad():
         said = stack.model(ids_of(tokenizer).repeat(2, 1))
     return ([run["heldout"][-1][1] for run in table], said, stacked.evaluate_stack(stack, heldout),
@@ -235,60 +237,6 @@ def functions(names: list[str], plant: bool) -> None:
             failed.append(scene.__name__)
             traceback.print_exc()
     assert not failed, f"failed: {', '.join(failed)}"
-
-
-def at_most(whole, **limits):
-    """`whole` with arguments cut down to a number, or by a function."""
-    signature = inspect.signature(whole)
-
-    @functools.wraps(whole)
-    def cut(*args, **how):
-        given = signature.bind(*args, **how)
-        given.apply_defaults()
-        for name, limit in limits.items():
-            value = given.arguments[name]
-            given.arguments[name] = limit(value) if callable(limit) else min(value or limit, limit)
-        return whole(*given.args, **given.kwargs)
-    return cut
-
-
-def soft(claim):
-    """A claim whose verdict does not matter: three steps teach nothing."""
-    def said(*args, **how):
-        with contextlib.suppress(ClaimError):
-            claim(*args, **how)
-    return said
-
-
-def small(batches):
-    """The first two rows of the first batch."""
-    return [tuple(each[:2] for each in batch) for batch in itertools.islice(batches, 1)]
-
-
-def first_eight(write):
-    """Two tokens for each of eight cards, and the same again for the rest."""
-    def written(model, tokenizer, cards, *args, **how):
-        texts = write(model, tokenizer, cards[:8], max_new_tokens=2)
-        return [texts[i % 8] for i in range(len(cards))]
-    return written
-
-
-def shorten_everything() -> None:
-    """Trainings of one step (or of the three that a notebook writes out), texts of two tokens, times of eight."""
-    import lora_edu.course
-    few = lambda steps: steps if steps <= 3 else 1                                          # noqa: E731
-    changed = {loop.train: at_most(loop.train, steps=few), loop.evaluate: at_most(loop.evaluate, batches=small),
-               bistro.write: first_eight(bistro.write),
-               corpora.tales_from: at_most(corpora.tales_from, n=4, model=lambda _: lora_edu.load_pretrained()[0]),
-               timing.interleaved: at_most(timing.interleaved, rounds=5, warmup=0),
-               timing.prefill: at_most(timing.prefill, ids=lambda ids: ids[:1, :8]),
-               timing.decode: at_most(timing.decode, ids=lambda ids: ids[:1, :8], tokens=2),
-               lora_edu.course.claim: soft(lora_edu.course.claim)}
-    lora_edu.Llama.generate = at_most(sampling.generate, max_new_tokens=2)
-    for module in [module for name, module in sys.modules.items() if name.startswith("lora_edu")]:
-        for name, value in list(vars(module).items()):
-            if inspect.isfunction(value) and value in changed:
-                setattr(module, name, changed[value])
 
 
 def notebooks(names: list[str]) -> None:

@@ -190,6 +190,13 @@ def test_memory_of_a_folder_in_full_at_its_own_context(capsys):
     assert f"{bill('fable', 'full', recipe='fp32', optimizer='sgd', batch=3, length=512).total:,.0f}" in said
 
 
+def test_memory_of_one_process_among_several(capsys):
+    assert cli.main(["memory", "llama-7b", "--strategy", "fsdp", "--processes", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "one of 8 processes (fsdp)" in said
+    assert f"{bill('llama-7b', strategy='fsdp', processes=8).total:,.0f}" in said
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["lama-7b"], "did you mean 'llama-7b'"), (["llama-7b", "--rank", "5000"], "rank <= 4096"),
     (["llama-7b", "--batch", "-1"], "batch=-1"),

@@ -63,7 +63,7 @@ def test_pip_gets_the_constraints_and_every_extra(course):
     dev.set_up()
     pip = course.calls[-1]
     assert pip[:4] == [str(dev.env_python()), "-m", "pip", "install"]
-    assert pip[-4:] == ["-c", "constraints.txt", "-e", ".[lab,hub,test,browser]"]
+    assert pip[-4:] == ["-c", "constraints.txt", "-e", ".[lab,hub,test,browser,site]"]
     assert not [word for word in pip if "index" in word or "find-links" in word]   # pip's own settings choose the build
 
 

@@ -124,20 +124,32 @@ def test_a_damaged_or_lying_file_is_named(spoil, pair, tmp_path):
         files.tensor_headers(file)
 
 
+@pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("at", range(1, 5))
-def test_two_files_that_were_there_are_both_old_or_both_new(at, monkeypatch, tmp_path):
-    """Stopped at any of the moves: the old pair is back, and nothing else lies there."""
+def test_two_files_that_were_there_are_both_old_or_both_new(at, links, monkeypatch, tmp_path):
+    """Stopped at any of the moves: the old pair is back, and nothing else lies there. At no moment is a file missing,
+    also on a file system without links.
+    """
     a, b = tmp_path / "a", tmp_path / "b"
     files.write_together({a: lambda part: part.write_text("old a"), b: lambda part: part.write_text("old b")})
-    real, calls = Path.replace, [0]
+    calls = [0]
 
-    def stop(path, target):
-        calls[0] += 1
-        if calls[0] == at:
-            raise KeyboardInterrupt
-        return real(path, target)
+    def stopping(real):
+        def stop(*paths):
+            assert a.exists() and b.exists()
+            calls[0] += 1
+            if calls[0] == at:
+                raise KeyboardInterrupt
+            return real(*paths)
+        return stop
+
+    def no_links(*paths):
+        raise OSError("no links here")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", stop)
+        patch.setattr(Path, "replace", stopping(Path.replace))
+        patch.setattr(files, "_second_name", stopping(files._second_name))
+        if not links:
+            patch.setattr(files.os, "link", no_links)
         with pytest.raises(KeyboardInterrupt):
             files.write_together({a: lambda part: part.write_text("new a"), b: lambda part: part.write_text("new b")})
     assert [f.read_text() for f in (a, b)] == ["old a", "old b"] and sorted(tmp_path.iterdir()) == [a, b]

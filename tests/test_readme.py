@@ -23,7 +23,7 @@ COLAB = f"{links.COLAB}{links.repository(ROOT)}/blob/main/notebooks/"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-# of the two blocks that are not indented; that one is Colab's: test_bundle.py
+# of the blocks that are not indented; that one is Colab's: test_bundle.py
 CODE = re.findall(r"^```python\n(.*?)```", README, re.S | re.M)
 
 
@@ -50,8 +50,23 @@ def test_the_picture_is_the_first_one_of_notebook_00():
             / "dial.png").read_bytes() == base64.b64decode(first), "store it again: python dev.py notebooks 00"
 
 
+def test_a_training_that_is_cut_off_goes_on(tmp_path):
+    """The block as it stands: once to the end; and once more, with step 40 of the first run to begin from."""
+    code = next(block for block in CODE if "load_training" in block)
+
+    def run(code):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        return done.stdout.splitlines()
+    whole = run(code)
+    assert [line.split()[0] for line in whole] == ["20", "40", "60"]
+    shutil.rmtree(tmp_path / "run")
+    cut_off = code.replace("        print(", "        if step.step == 40: raise SystemExit\n        print(")
+    assert run(cut_off) == whole[:1]
+    assert run(code) == whole[2:]
+
+
 def test_the_code_runs():
-    code, _ = CODE
+    code = CODE[0]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.split("\n")
     losses = [float(line.split()[1]) for line in lines if re.fullmatch(r"\d+ \d+\.\d+", line)]
@@ -75,7 +90,8 @@ COMMANDS = {"git clone": "needs a network; the walk before resolving clones", "c
             "python3 dev.py test": "this run",
             "export PIP_EXTRA_INDEX_URL=": "pip's own variable; the workflow sets it",
             "lora-edu spectrum": "tests/test_cli.py", "lora-edu extract": "tests/test_cli.py",
-            "lora-edu memory": "below"}
+            "lora-edu memory": "below", "lora-edu inspect": "test_convert.py", "lora-edu convert": "test_convert.py",
+            "lora-edu gguf": "test_gguf.py", "torchrun": "tests/training/test_distributed.py"}
 
 
 def test_every_fenced_command_is_tried_or_says_why_not():

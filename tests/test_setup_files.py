@@ -90,7 +90,7 @@ def test_run_time_dependencies_are_floors():
 
 
 def test_the_environment_takes_every_extra():
-    assert set(EXTRAS) == {"lab", "hub", "test", "browser"}
+    assert set(EXTRAS) == {"lab", "hub", "test", "browser", "site"}
     assert dev.EXTRAS == f".[{','.join(EXTRAS)}]" and dev.READER == ".[lab,hub]"
 
 

@@ -157,8 +157,15 @@ def pending(root):
         new = re.sub(re.escape(COLAB) + r"[\w.-]+/[\w.-]+/blob/[\w.-]+/", f"{COLAB}{repo}/blob/{BRANCH}/", text)
         new = re.sub(r"git clone https://github\.com/\S+\ncd \S+",
                      f"git clone https://github.com/{repo}\ncd {repo.split('/')[1]}", new)
+        new = re.sub(r"\A(# .*\n)\n(?:Read it as a web page, .*\n\n)?", rf"\1\n{web_page(repo)}", new)
         if new != text:
             yield readme, new
+
+
+def web_page(repo):
+    """The README's first line, once there is an address: GitHub gives a repository's page one of its own."""
+    owner, name = repo.split("/")
+    return "" if owner == NOT_SET else f"Read it as a web page, with the model in it: https://{owner.lower()}.github.io/{name}/\n\n"
 
 
 def write(path, text):

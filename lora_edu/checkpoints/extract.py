@@ -15,6 +15,8 @@ from torch import nn
 
 from lora_edu.checkpoints.deltas import ChangeReport, Deltas, deltas
 from lora_edu.checkpoints.kinds import CARRIED, CONV1D
+from lora_edu.checkpoints.reading import Side
+from lora_edu.files import check_new_folder
 from lora_edu.lora.adapter_config import patterns
 from lora_edu.lora.adapter_file import adapter_config, target_modules, write_adapter
 from lora_edu.lora.fingerprint import TENSORS, fingerprint_of
@@ -116,8 +118,7 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
     """
     rank, energy = _check_wishes(rank, energy)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already and is no empty folder: give a new name, or remove it first.")
+    check_new_folder(out)
     pair = deltas(base, tuned, kinds)
     targets = [name for name, kind in pair.matrices.items() if kind in CARRIED]
     factors, kept, ranks = _factorize(pair, targets, rank, energy)
@@ -131,7 +132,7 @@ def extract_lora(base: nn.Module | str | Path, tuned: nn.Module | str | Path, *,
     config = adapter_config(_source_name(base), target_modules(list(ranks), pair.base.module_names)) | {
         "r": usual, "lora_alpha": usual, "rank_pattern": own, "alpha_pattern": own, "lora_dropout": 0.0,
         "fan_in_fan_out": any(pair.matrices[f"{name}.weight"] == CONV1D for name in ranks)}
-    size = write_adapter(out, factors, config, fingerprint_of(_stays(pair)))
+    size = write_adapter(out, factors, config, fingerprint_of(stays(pair.base, pair.set_aside)))
     shapes = {name: _matrix_shape(pair, f"{name}.weight") for name in ranks}
     squares = {name: pair.measured[f"{name}.weight"].squared for name in ranks}
     return ExtractReport(shapes, ranks, {name: share(kept[name], squares[name]) for name in ranks},
@@ -150,11 +151,11 @@ def _check_wishes(rank: int | None, energy: float | None) -> tuple[int | None, f
     return whole(rank), real(energy)
 
 
-def _stays(pair: Deltas) -> dict[str, torch.Tensor]:
-    """The base's tensors that no adapter goes beside, by name: its fingerprint is made of them."""
-    names = [name for name, kind in pair.set_aside.items() if kind in ("embedding", "norm")]
-    largest = sorted(names, key=lambda name: -math.prod(pair.base.shapes[name]))[:TENSORS]
-    return {name: pair.base.get(name) for name in largest}
+def stays(side: Side, kinds: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """A side's tensors that no adapter goes beside, by name: its fingerprint is made of them."""
+    names = [name for name, kind in kinds.items() if kind in ("embedding", "norm")]
+    largest = sorted(names, key=lambda name: -math.prod(side.shapes[name]))[:TENSORS]
+    return {name: side.get(name) for name in largest}
 
 
 def _factorize(pair: Deltas, targets: list[str], rank: int | None, energy: float | None

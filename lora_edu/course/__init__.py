@@ -27,6 +27,7 @@ from lora_edu.course.figures.spectra import (
     plot_spectra,
     plot_what_is_kept,
 )
+from lora_edu.course.labs.adapter_mixer import adapter_mixer
 from lora_edu.course.labs.alpha_dial import alpha_dial
 from lora_edu.course.labs.memory_calculator import memory_calculator
 from lora_edu.course.labs.merge_lab import merge_lab
@@ -43,11 +44,11 @@ from lora_edu.course.page.show import show
 from lora_edu.course.records.stored import better, load_record, tie
 from lora_edu.tables import Table
 
-__all__ = ["Table", "alpha_dial", "article_ledger", "better", "calibration", "claim", "grid_explorer", "guess",
-           "keep_in", "learn_forget_plane", "ledger", "live_trainer", "load_record", "machine", "memory_calculator",
-           "merge_lab", "plot_bands", "plot_bars", "plot_beside", "plot_bills", "plot_block", "plot_density",
-           "plot_gain_kept", "plot_latency", "plot_layers", "plot_levels", "plot_loss_curves", "plot_methods_plane",
-           "plot_parts", "plot_picture_ranks", "plot_points", "plot_rank_curves", "plot_rates", "plot_shares_of_rank",
-           "plot_singular_values", "plot_spectra", "plot_two_losses", "plot_update_sizes", "plot_what_is_kept",
-           "published_explorer", "rank_picture", "real_model", "sample_picture", "show", "spectrum_explorer",
-           "target_picker", "tie"]
+__all__ = ["Table", "adapter_mixer", "alpha_dial", "article_ledger", "better", "calibration", "claim",
+           "grid_explorer", "guess", "keep_in", "learn_forget_plane", "ledger", "live_trainer", "load_record",
+           "machine", "memory_calculator", "merge_lab", "plot_bands", "plot_bars", "plot_beside", "plot_bills",
+           "plot_block", "plot_density", "plot_gain_kept", "plot_latency", "plot_layers", "plot_levels",
+           "plot_loss_curves", "plot_methods_plane", "plot_parts", "plot_picture_ranks", "plot_points",
+           "plot_rank_curves", "plot_rates", "plot_shares_of_rank", "plot_singular_values", "plot_spectra",
+           "plot_two_losses", "plot_update_sizes", "plot_what_is_kept", "published_explorer", "rank_picture",
+           "real_model", "sample_picture", "show", "spectrum_explorer", "target_picker", "tie"]

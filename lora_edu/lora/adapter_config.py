@@ -22,6 +22,15 @@ def _texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
+def _text_or_texts(value) -> bool:
+    return value is None or isinstance(value, str) or _texts(value)
+
+
+def _indices(value) -> bool:
+    several = value if isinstance(value, list) else [value]
+    return value is None or all(whole(n) is not None and n >= 0 for n in several)
+
+
 def _pattern(read):
     return lambda value: isinstance(value, dict) and all(read(v) is not None and read(v) >= 0 for v in value.values())
 
@@ -36,13 +45,17 @@ READ = {
     "rank_pattern": ({}, lambda v: _pattern(whole)(v) and all(v.values()), "ranks by the names of layers"),
     "alpha_pattern": ({}, _pattern(real), "alphas by the names of layers"),
     "modules_to_save": ([], _texts, "names of modules"),
+    "ensure_weight_tying": (False, lambda v: isinstance(v, bool), "true or false"),
+    "exclude_modules": (None, _text_or_texts, "names of layers, or one expression"),
+    "layers_to_transform": (None, _indices, "a layer's number, or several"),
+    "layers_pattern": (None, _text_or_texts, "the name of the list of layers, or several"),
 }
 # starts that leave the base alone; of the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) the base on disk is not the base
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # of these no value changes what the model computes
 HARMLESS = {"task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-            "fan_in_fan_out", "eva_config", "megatron_core", "layers_pattern", "qalora_group_size", "runtime_config",
-            "ensure_weight_tying", "peft_type", "init_lora_weights", "bias", *READ}
+            "fan_in_fan_out", "eva_config", "megatron_core", "qalora_group_size", "runtime_config",
+            "peft_type", "init_lora_weights", "bias", *READ}
 
 
 def read_config(folder: Path) -> dict:
@@ -72,6 +85,30 @@ def read_config(folder: Path) -> dict:
             raise ValueError(f"{file} has {key}={value!r}, and {what} fits there: mend it, or fetch the adapter again.")
         config[key] = value
     return config
+
+
+def left_out(config: Mapping, name: str) -> bool:
+    """Is a layer that `target_modules` matches left out all the same, by PEFT's rules (0.21)? Excluded by name, part
+    of a module that is saved whole, or in a layer of another number; numbers count for a list of targets only.
+
+    >>> only = {"exclude_modules": None, "modules_to_save": [], "target_modules": ["q"], "layers_to_transform": [1]}
+    >>> [left_out(only | {"layers_pattern": None}, f"model.layers.{i}.q") for i in (0, 1)]
+    [True, False]
+    """
+    excluded = config["exclude_modules"] or []
+    if (re.fullmatch(excluded, name) if isinstance(excluded, str)
+            else any(("." + name).endswith("." + entry) for entry in excluded)):
+        return True
+    if any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config["modules_to_save"]):
+        return True
+    wanted, targets = config["layers_to_transform"], config["target_modules"]
+    if wanted in (None, []) or isinstance(targets, str) or name in targets:
+        return False
+    pattern = config["layers_pattern"] or []
+    lists = [r".*?\.[^.]*"] if not pattern else [rf"(?:^|.*?\.){one}" for one in
+                                                 ([pattern] if isinstance(pattern, str) else pattern)]
+    found = next(filter(None, (re.match(rf"{one}\.(\d+)\.", name) for one in lists)), None)
+    return found is None or int(found[1]) not in (wanted if isinstance(wanted, list) else [wanted])
 
 
 def for_layer(config: Mapping, name: str) -> dict:

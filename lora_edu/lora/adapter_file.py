@@ -9,26 +9,28 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from lora_edu.files import read_pickled, read_tensors, write_together
-from lora_edu.lora.adapter_config import CONFIG, config_of, for_layer, read_config
+from lora_edu.lora.adapter_config import CONFIG, config_of, for_layer, left_out, read_config
 from lora_edu.lora.factors import copy_all, lora_layers, lora_state_dict, refuse_adapted, some_lora_layers
-from lora_edu.lora.fingerprint import differs, fingerprint
+from lora_edu.lora.fingerprint import BASE, differs, fingerprint
 from lora_edu.lora.inject import LoRAReport, all_or_nothing, check_layers, wrap_layers
 from lora_edu.lora.layer import FLOATS, features, is_linear, is_plain_conv
 from lora_edu.lora.misfit import explain_misfit
-from lora_edu.lora.targets import ends_in, find_targets, plain_name, shorten, unwrap
+from lora_edu.lora.targets import ends_in, find_targets, plain_name, shorten, tied_parameters, unwrap, unwrap_to_train
+from lora_edu.lora.training_state import write_training
 
 PREFIX, TENSORS, OLD_TENSORS = "base_model.model.", "adapter_model.safetensors", "adapter_model.bin"
-BASE = "lora_edu.base"                      # the metadata's key for the fingerprint of the base
 
 
 def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32,
-                 base_name: str | None = None) -> int:
+                 base_name: str | None = None, optimizer: torch.optim.Optimizer | None = None,
+                 step: int | None = None) -> int:
     """Write what the model's LoRA computes now in PEFT's format, both files or none; returns the bytes of the tensor
     file.
 
@@ -40,10 +42,12 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
         folder: made if it is not there.
         dtype: of the stored factors; torch.bfloat16 halves the file and keeps 8 bits of each number.
         base_name: the model the adapter belongs to, for the reader of the config.
+        optimizer, step: also write where the training stands, after `step` steps, into a third file that
+            `load_training` reads.
 
     Raises:
-        ValueError: the model has no LoRA, a number is not finite (in this dtype), or something trains that the format
-            cannot hold.
+        ValueError: one of optimizer and step without the other; the model has no LoRA, a number is not finite (in
+            this dtype), or something trains that the format cannot hold.
 
     Source: PEFT 0.21, developer guide "checkpoint format".
 
@@ -59,6 +63,10 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype!r} cannot hold an adapter: choose torch.float32, torch.bfloat16 or "
                          "torch.float16.")
+    if (optimizer is None) != (step is None):
+        raise ValueError(f"step={step}, and {'no ' * (optimizer is None)}optimizer: give both, to go on training "
+                         "later, "
+                         "or neither.")
     model = unwrap(model)
     layers = {plain_name(name): layer for name, layer in some_lora_layers(model)}
     modules = [plain_name(name) for name, _ in model.named_modules() if ".base_layer" not in name]
@@ -66,16 +74,22 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     generates = hasattr(model, "prepare_inputs_for_generation") or hasattr(model, "new_cache")
     config = adapter_config(base_name, target_modules(list(layers), modules)) | config_of(layers) | {
         "task_type": "CAUSAL_LM" if generates else None, "modules_to_save": list(beside) or None}
+    tied = tied_parameters(model)
+    if any(f"{name}.{end}" in tied for name, state in beside.items() for end in state):
+        config["ensure_weight_tying"] = True            # trained as one: without this PEFT would part the two
     tensors = {f"{name}.lora_{end}.weight": factor.detach().to(dtype).reshape(shape) for name, layer in layers.items()
                for end, factor, shape in zip("AB", (layer.lora_A, layer.lora_B), layer.file_shapes)}
     tensors |= {f"{name}.{end}": t for name, state in beside.items() for end, t in state.items()}
+    if optimizer is not None:           # first: were it cut off between the two, the training would be the newer one
+        check_finite(tensors)
+        write_training(model, Path(folder), optimizer, step)
     return write_adapter(folder, tensors, config, fingerprint(model))
 
 
 def _trained_beside(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     """What trains and is no factor: name of each module that holds such a parameter itself -> its whole state."""
     adapted = [name for name, _ in lora_layers(model)]
-    found = {}
+    found = {}                                  # of tied ones both: PEFT looks for both in the file
     for name, module in model.named_modules():
         if name in adapted or not any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
@@ -103,6 +117,16 @@ def write_adapter(folder: str | Path, tensors: Mapping[str, torch.Tensor], confi
 
     Raises ValueError for a number that is not finite, or a tensor without values.
     """
+    check_finite(tensors)
+    folder, stored = Path(folder), {f"{PREFIX}{name}": t.contiguous().clone() for name, t in tensors.items()}
+    text, metadata = json.dumps(config, indent=2) + "\n", {"format": "pt"} | ({BASE: base} if base else {})
+    write_together({folder / TENSORS: lambda part: save_file(stored, part, metadata=metadata),
+                    folder / CONFIG: lambda part: part.write_text(text, encoding="utf-8")})
+    return (folder / TENSORS).stat().st_size
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError for a tensor without values, or with one that is not finite."""
     empty = [name for name, t in tensors.items() if t.is_meta]
     if empty:
         raise ValueError(f"{shorten(empty, 3)} have no values (they are on the meta device), so nothing is written: "
@@ -111,11 +135,6 @@ def write_adapter(folder: str | Path, tensors: Mapping[str, torch.Tensor], confi
     if broken:
         raise ValueError(f"{shorten(broken, 3)} hold numbers that are not finite, so nothing is written: go back to "
                          "the last good step, or save in float32 or bfloat16 if they are too large for float16.")
-    folder, stored = Path(folder), {f"{PREFIX}{name}": t.contiguous().clone() for name, t in tensors.items()}
-    text, metadata = json.dumps(config, indent=2) + "\n", {"format": "pt"} | ({BASE: base} if base else {})
-    write_together({folder / TENSORS: lambda part: save_file(stored, part, metadata=metadata),
-                    folder / CONFIG: lambda part: part.write_text(text, encoding="utf-8")})
-    return (folder / TENSORS).stat().st_size
 
 
 def target_modules(names: list[str], modules: list[str]) -> list[str] | str:
@@ -152,14 +171,49 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     >>> load_adapter(model, BISTRO_ADAPTER).rank
     6
     """
-    folder, model = Path(folder), unwrap(model)
-    config, stored, base = read_adapter(folder)
+    folder, model = Path(folder), unwrap_to_train(model)
     refuse_adapted(model)
     linears = {name: module for name, module in model.named_modules() if is_linear(module) or is_plain_conv(module)}
-    targets = find_targets(model, linears, config["target_modules"])
-    check_layers(model, targets)
+    found = fit_adapter(model, linears, folder, any_base)
+    check_layers(model, list(found.settings))
+    with all_or_nothing(model):
+        wrap_layers(model, {name: (linears[name], each | {"any_rank": True}) for name, each in found.settings.items()})
+        factors = {f"{name}.weight": t for name, t in lora_state_dict(model).items()}
+        copy_all(found.stored, factors | found.heads)
+        _untie(model, found)
+    model.eval()
+    plain = [name for name, layer in linears.items() if name not in found.settings and is_linear(layer)]
+    return LoRAReport.of(model, plain, note=" ".join(found.notes))
+
+
+class Fitted(NamedTuple):
+    """An adapter's file that fits a model: settings of each target (rank, alpha, dropout, rslora), the tensors by name,
+    the model's own tensors that whole modules replace, what is to be said of it, and which of those tensors were tied
+    and get a place of their own.
+    """
+
+    settings: dict[str, dict]
+    stored: dict[str, torch.Tensor]
+    heads: dict[str, torch.Tensor]
+    notes: list[str]
+    alone: list[str]
+
+
+def fit_adapter(model: nn.Module, linears: Mapping[str, nn.Module], folder: Path, any_base: bool = False) -> Fitted:
+    """Read a folder and find the place of everything in it; raises as `load_adapter` does. `linears`: the layers that
+    it may go beside, by name.
+    """
+    config, stored, base = read_adapter(folder)
+    try:
+        targets = [name for name in find_targets(model, linears, config["target_modules"])
+                   if not left_out(config, plain_name(name))]
+    except re.error as error:
+        raise ValueError(f"{folder / CONFIG}: an entry of exclude_modules, modules_to_save or layers_pattern is no "
+                         f"regular expression ({error}).") from None
     settings = {name: for_layer(config, plain_name(name)) for name in targets}
-    heads = _modules_to_save(model, config["modules_to_save"])
+    heads = _modules_to_save(model, config["modules_to_save"]) | _embeddings(model, stored)
+    alone = [] if config["ensure_weight_tying"] else [name for name in heads if name in tied_parameters(model)]
+    heads |= {name: heads[name].clone() for name in alone}          # its own from here on, as in PEFT
     wrong = explain_misfit(stored, _places(linears, settings) | heads)
     if wrong:
         raise ValueError(f"the adapter in {folder} does not fit this model: {wrong}")
@@ -170,13 +224,24 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     notes = [] if base else ["The file has no fingerprint of its base: whether this is the one, nobody checked."]
     above = [name for name, each in settings.items() if each["rank"] > min(features(linears[name]))]
     notes += [f"The rank is above the smaller side of {shorten(above, 3)}."] if above else []
-    with all_or_nothing(model):
-        wrap_layers(model, {name: (linears[name], each | {"any_rank": True}) for name, each in settings.items()})
-        factors = {f"{name}.weight": t for name, t in lora_state_dict(model).items()}
-        copy_all(stored, factors | heads)
-    model.eval()
-    left_out = [name for name, layer in linears.items() if name not in targets and is_linear(layer)]
-    return LoRAReport.of(model, left_out, note=" ".join(notes))
+    notes += [f"{shorten(alone, 2)} was tied to another weight and is its own now, as in PEFT."] if alone else []
+    return Fitted(settings, stored, heads, notes, alone)
+
+
+def _untie(model: nn.Module, found: Fitted) -> None:
+    for name in found.alone:
+        module, _, end = name.rpartition(".")
+        setattr(model.get_submodule(module), end, nn.Parameter(found.heads[name], requires_grad=False))
+
+
+def _embeddings(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's own tensors that a file brings unasked: PEFT saves an embedding or a head that is a target, or that
+    grew, beside the factors, and puts it back when it loads.
+    """
+    own = {plain_name(name): p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    found = {name: name.replace(".base_layer.", ".") for name in stored if ".lora_" not in name}
+    return {name: own[plain] for name, plain in found.items()
+            if plain in own and plain.rpartition(".")[0].rpartition(".")[2] in ("embed_tokens", "lm_head")}
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str | None]:
@@ -186,16 +251,12 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str | Non
     file = next((folder / name for name in (TENSORS, OLD_TENSORS) if (folder / name).is_file()), folder / TENSORS)
     for part in (folder / CONFIG, file):
         if not part.is_file():
-            raise FileNotFoundError(f"{folder} has no {part.name}: give the folder of a LoRA adapter in PEFT's format.")
+            inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+            raise FileNotFoundError(f"{folder} has no {part.name}: give the folder of a LoRA adapter in PEFT's format"
+                                    + (f". Its folders {shorten(inside, 4)} are such." if inside else "."))
     config = read_config(folder)
     found, metadata = (read_pickled(file), {}) if file.name == OLD_TENSORS else read_tensors(file)
-    stored: dict[str, torch.Tensor] = {}
-    for name, tensor in found.items():
-        plain = plain_name(name.removeprefix(PREFIX))
-        if plain in stored:
-            raise ValueError(f"{file} holds {plain} twice, with and without a prefix: which one is meant, it does not "
-                             "say; keep one of them.")
-        stored[plain] = tensor
+    stored = plain_tensors(file, found)
     strange = [name for name, t in stored.items() if ".lora_" in name and not t.is_floating_point()]
     broken = [name for name, t in stored.items() if t.is_floating_point() and not t.float().isfinite().all()]
     if strange or broken:
@@ -204,6 +265,20 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str | Non
                             else "numbers that are not finite")
                          + ": this adapter is broken, take an earlier checkpoint.")
     return config, stored, metadata.get(BASE)
+
+
+def plain_tensors(file: Path, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A file's tensors by their names in the model: without PEFT's prefix, wrappers, and the adapter's own name in the
+    middle, which PEFT takes out when it saves.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in found.items():
+        plain = re.sub(r"\.lora_([AB])\.[^.]+\.weight$", r".lora_\1.weight", plain_name(name.removeprefix(PREFIX)))
+        if plain in stored:
+            raise ValueError(f"{file} holds {plain} twice, with and without a prefix: which one is meant, it does not "
+                             "say; keep one of them.")
+        stored[plain] = tensor
+    return stored
 
 
 def _places(linears: Mapping[str, nn.Module], settings: Mapping[str, dict]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from lora_edu.lora.layer import FLOATS, is_linear
 from lora_edu.lora.targets import plain_name
 
+BASE = "lora_edu.base"                      # the key of the tensor file's metadata that it lies under
 TENSORS, VALUES = 8, 32                     # the largest tensors; numbers of each, evenly spread
 ROUNDING = 2**-7                            # twice what bfloat16 moves a number; float16 moves it less, but small ones
 SMALLEST = 2**-23

@@ -19,8 +19,8 @@ from lora_edu.lora.factors import refuse_adapted, some_lora_layers
 from lora_edu.lora.layer import HOOKS, LoRALinear, check_weight, features, is_linear, move_hooks
 from lora_edu.lora.quantized import base_weight, packed_away
 from lora_edu.lora.settings import check_settings
-from lora_edu.lora.targets import find_targets, output_heads, refuse_tied, shorten, unwrap, weight_readers
-from lora_edu.numbers import whole
+from lora_edu.lora.targets import find_targets, output_heads, refuse_tied, shorten, unwrap_to_train, weight_readers
+from lora_edu.numbers import low_to_high, whole
 from lora_edu.tables import ShowsTables, Table
 
 NOT_THE_MODEL = ("this is apply_lora's report and not the model, which was changed in place and is still the one that "
@@ -84,7 +84,7 @@ class LoRAReport(ShowsTables):
     def summary(self) -> str:
         ranks, scalings = ([*dict.fromkeys(values.values())] for values in (self.ranks, self.scalings))
         said = (f"rank {self.rank}, alpha {self.alpha:g}, scaling {self.scaling:g}" if len(ranks) == len(scalings) == 1
-                else f"rank {_from_to(ranks)}, scaling {_from_to(scalings)}")
+                else f"rank {low_to_high(ranks)}, scaling {low_to_high(scalings)}")
         return (f"{said}: {self.trainable:,} of {self.total:,} parameters train ({self.trainable / self.total:.2%}); "
                 f"the adapter is {self.adapter_bytes:,} bytes, merging keeps {self.merge_bytes:,} more of them."
                 + f" Left out as the output head: {shorten(self.head)}." * bool(self.head)
@@ -100,10 +100,6 @@ class LoRAReport(ShowsTables):
         """Who writes `model = apply_lora(model)`, as with PEFT, learns here what became of the model."""
         meant = hasattr(nn.Module, name) or name == "generate"
         raise AttributeError(NOT_THE_MODEL if meant else f"a LoRAReport has no {name!r}.")
-
-
-def _from_to(values: list[float]) -> str:
-    return f"{min(values):g}" + f" to {max(values):g}" * (len(values) > 1)
 
 
 def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-linear", rank: int = 8, alpha: float = 16.0,
@@ -132,7 +128,7 @@ def apply_lora(model: nn.Module, target_modules: Sequence[str] | str = "all-line
     rank 2, alpha 4, scaling 2: 40 of 171 parameters train (23.39%); the adapter is 160 bytes, merging keeps 384 more
     of them.
     """
-    model = unwrap(model)
+    model = unwrap_to_train(model)
     chosen = choose_layers(model, target_modules, rank, alpha, dropout)
     linears = linear_layers(model)
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
@@ -229,7 +225,7 @@ def unfreeze_matrices(model: nn.Module, target_modules: Sequence[str] | str = "a
 
     Returns their names; raises as `apply_lora` does, and then nothing is changed.
     """
-    model = unwrap(model)
+    model = unwrap_to_train(model)
     refuse_adapted(model)
     linears = linear_layers(model)
     targets = find_targets(model, linears, target_modules)

@@ -10,16 +10,19 @@ batch.
 """
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from lora_edu.lora.inject import all_or_nothing, choose_layers, linear_layers, replace, share_weights
-from lora_edu.lora.layer import LoRALinear, features
+from lora_edu.lora.adapter_file import Fitted, fit_adapter
+from lora_edu.lora.factors import refuse_adapted
+from lora_edu.lora.inject import all_or_nothing, check_layers, choose_layers, linear_layers, replace, share_weights
+from lora_edu.lora.layer import LoRALinear, features, is_linear
 from lora_edu.lora.quantized import is_quantized
-from lora_edu.lora.settings import LoRASettings
+from lora_edu.lora.settings import LoRASettings, scaling_of
+from lora_edu.lora.targets import plain_name, shorten, unwrap_to_train, weight_readers
 from lora_edu.numbers import real, whole
-from lora_edu.lora.targets import shorten, unwrap, weight_readers
 
 
 class StackedLinear(nn.Module):
@@ -32,7 +35,8 @@ class StackedLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, ranks: list[int], scalings: list[float], routing: dict):
         super().__init__()
-        self.base_layer, self.ranks, self.routing = base_layer.requires_grad_(False), ranks, routing
+        self.base_layer, self.routing = base_layer.requires_grad_(False), routing
+        self.ranks, self.scalings = ranks, scalings                  # Python's numbers; the buffer has the dtype's
         weight, (into, out) = base_layer.weight, features(base_layer)
         small = is_quantized(base_layer) or weight.dtype in (torch.bfloat16, torch.float16)
         dtype = torch.float32 if small else weight.dtype
@@ -54,6 +58,15 @@ class StackedLinear(nn.Module):
         low = groups @ A.transpose(1, 2) * scaling                   # (G, N, R)
         wide = y.reshape(len(A), -1, y.shape[-1]).to(low.dtype)
         return torch.baddbmm(wide, low, B.to(low.dtype)).reshape(y.shape).to(y.dtype)
+
+    @torch.no_grad()
+    def put(self, i: int, A: torch.Tensor | None, B: torch.Tensor | None, scaling: float) -> None:
+        """Adapter i's factors, (rank, in) and (out, rank); None: it leaves this layer alone."""
+        self.ranks[i] = 0 if A is None else len(A)
+        self.scaling[i] = self.scalings[i] = scaling
+        self.lora_A[i], self.lora_B[i] = 0, 0
+        if A is not None:
+            self.lora_A[i, :len(A)], self.lora_B[i, :len(A)] = A, B.T
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"
@@ -86,20 +99,81 @@ class LoRAStack:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[LoRASettings]):
-        self.model = model = unwrap(model)
-        targets = targets_of(model, adapters)
-        self.adapters, self.routing = list(adapters), {"index": None}
+        model = unwrap_to_train(model)
+        plans = [dict.fromkeys(target, (adapter.rank, adapter.scaling))
+                 for adapter, target in zip(adapters, targets_of(model, adapters))]
+        self._build(model, adapters, plans)
+        for i in range(len(adapters)):
+            self.reset(i)
+
+    @classmethod
+    def from_folders(cls, model: nn.Module, folders: Sequence[str | Path], any_base: bool = False) -> "LoRAStack":
+        """The adapters of several folders over one base; their ranks, alphas and targets may differ.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_adapter`, with the number of the adapter in front; an adapter that
+                brings a whole module (`modules_to_save`), which no row can have to itself.
+
+        >>> import tempfile
+        >>> from lora_edu import apply_lora, save_adapter
+        >>> model, folder = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3)), tempfile.mkdtemp()
+        >>> _ = apply_lora(model, ["0"], rank=2), save_adapter(model, folder)
+        >>> plain = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3))
+        >>> len(LoRAStack.from_folders(plain, [folder, folder], any_base=True))
+        2
+        """
+        model, stack = unwrap_to_train(model), cls.__new__(cls)
+        refuse_adapted(model)
+        linears, found = linear_layers(model), []
+        for i, folder in enumerate(folders):
+            found.append(_fitted(i, model, linears, folder, any_base))
+        if not found:
+            raise ValueError("no folders: give a list with at least one adapter's folder.")
+        check_layers(model, list(dict.fromkeys(name for each in found for name in each.settings)))
+        plans = [{name: (each["rank"], _scaling(each)) for name, each in one.settings.items()} for one in found]
+        stack._build(model, [_as_settings(one) for one in found], plans)
+        for i, one in enumerate(found):
+            stack._put(i, one)
+        return stack
+
+    def _build(self, model: nn.Module, adapters: Sequence[LoRASettings], plans: list[dict[str, tuple[int, float]]]):
+        """Put the stack in place; plans: of each adapter, name of a layer -> rank and scaling there."""
+        self.model, self.adapters, self.routing = model, list(adapters), {"index": None}
         self.layers: dict[str, StackedLinear] = {}
         with all_or_nothing(model):
             model.requires_grad_(False)
             for name, base_layer in linear_layers(model).items():
-                ranks = [adapter.rank if name in target else 0 for adapter, target in zip(adapters, targets)]
+                ranks, scalings = zip(*(plan.get(name, (0, 0.0)) for plan in plans))
                 if any(ranks):
-                    scalings = [adapter.scaling if rank else 0.0 for adapter, rank in zip(adapters, ranks)]
-                    self.layers[name] = StackedLinear(base_layer, ranks, scalings, self.routing)
+                    self.layers[name] = StackedLinear(base_layer, list(ranks), list(scalings), self.routing)
                     replace(model, name, self.layers[name])
-            for i in range(len(adapters)):
-                self.reset(i)
+
+    def load(self, i: int, folder: str | Path, any_base: bool = False) -> None:
+        """Put the adapter of a folder in the place of adapter i; the others, and batches of theirs that are on their
+        way, do not notice. (Rows that ask for i itself have to wait.)
+
+        Raises (then nothing has been changed):
+            FileNotFoundError, ValueError: as `from_folders`; a layer or a rank that the stack has no room for.
+        """
+        if whole(i) is None or not 0 <= i < len(self):
+            raise ValueError(f"load({i!r}, …): this stack has the adapters 0 to {len(self) - 1}.")
+        linears = {name: getattr(layer, "base_layer", layer) for name, layer in self.model.named_modules()
+                   if name in self.layers or (is_linear(layer) and not name.endswith(".base_layer"))}
+        found = _fitted(i, self.model, linears, folder, any_base)
+        outside = [name for name, each in found.settings.items()
+                   if name not in self.layers or each["rank"] > self.layers[name].lora_A.shape[1]]
+        if outside:
+            most = max(each["rank"] for each in found.settings.values())
+            raise ValueError(f"adapter {i}: the stack has no room for {shorten(outside, 2)} at rank {most}: make it "
+                             "with "
+                             "an adapter of this rank on these layers.")
+        self.adapters[i] = _as_settings(found)
+        self._put(i, found)
+
+    def _put(self, i: int, found: Fitted) -> None:
+        for name, layer in self.layers.items():
+            A, B = (found.stored.get(f"{plain_name(name)}.lora_{end}.weight") for end in "AB")
+            layer.put(i, A, B, _scaling(found.settings[name]) if A is not None else 0.0)
 
     def __len__(self) -> int:
         return len(self.adapters)
@@ -161,9 +235,11 @@ class LoRAStack:
         for name, layer in self.layers.items():
             alone = model.get_submodule(name).base_layer
             if layer.ranks[i]:
-                alone = LoRALinear.wrap(alone, adapter.rank, adapter.alpha, rslora=adapter.rslora)
-                alone.lora_A.data.copy_(layer.lora_A[i, :adapter.rank].detach())
-                alone.lora_B.data.copy_(layer.lora_B[i, :adapter.rank].detach().T)
+                rank = layer.ranks[i]
+                alone = LoRALinear.wrap(alone, rank, adapter.alpha, rslora=adapter.rslora, any_rank=True)
+                alone.scaling = layer.scalings[i]
+                alone.lora_A.data.copy_(layer.lora_A[i, :rank].detach())
+                alone.lora_B.data.copy_(layer.lora_B[i, :rank].detach().T)
             replace(model, name, alone)
         return model
 
@@ -172,6 +248,28 @@ class LoRAStack:
         for name, layer in self.layers.items():
             replace(self.model, name, layer.base_layer)
         self.layers = {}
+
+
+def _fitted(i: int, model: nn.Module, linears: dict, folder: str | Path, any_base: bool) -> Fitted:
+    try:
+        found = fit_adapter(model, linears, Path(folder), any_base)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"adapter {i}: {error}") from None
+    if found.heads:
+        raise ValueError(f"adapter {i}: {folder} replaces whole modules ({shorten(list(found.heads), 2)}), and all "
+                         "rows "
+                         "share them: load it alone, with load_adapter.")
+    return found
+
+
+def _scaling(settings: dict) -> float:
+    return scaling_of(settings["rank"], settings["alpha"], settings["rslora"])
+
+
+def _as_settings(found: Fitted) -> LoRASettings:
+    """What a folder brought, as settings: the largest rank and its alpha; layers may have their own."""
+    most = max(found.settings.values(), key=lambda each: each["rank"])
+    return LoRASettings(most["rank"], most["alpha"], tuple(found.settings), most["rslora"])
 
 
 def targets_of(model: nn.Module, adapters: Sequence[LoRASettings]) -> list[list[str]]:

@@ -28,6 +28,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def unwrap_to_train(model: nn.Module) -> nn.Module:
+    """The same, for whoever changes what trains. ValueError for DistributedDataParallel: it sends the gradients of what
+    trained when it was made, and later factors would be trained by every process for itself.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("the model is inside DistributedDataParallel already, which would not send the gradients of "
+                         "what trains from now on: change the model first, then put DistributedDataParallel around it.")
+    return unwrap(model)
+
+
 def plain_name(name: str) -> str:
     """A module's name without what wrappers around it, or around one of its parents, put in.
 
@@ -149,15 +159,25 @@ def refuse_tied(model: nn.Module, targets: list[str]) -> None:
     """A tied weight cannot be adapted alone: merged, the update would land in both places (silently wrong in PEFT
     0.21).
     """
-    users: dict[tuple, list[str]] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            users.setdefault(storage_of(parameter), []).append(f"{module_name}.{parameter_name}")
-    for names in users.values():
+    for names in _users(model).values():
         for name in targets:
             if f"{name}.weight" in names and len(names) > 1:
                 raise ValueError(f"the weights {' and '.join(names)} are one tensor (tied): leave {name!r} out of "
                                  "target_modules, or untie them first by giving one a copy.")
+
+
+def tied_parameters(model: nn.Module) -> set[str]:
+    """Plain names of the parameters that share their tensor with another."""
+    return {plain_name(name) for names in _users(model).values() if len(names) > 1 for name in names}
+
+
+def _users(model: nn.Module) -> dict[tuple, list[str]]:
+    """A tensor -> the names of all parameters that are it."""
+    users: dict[tuple, list[str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            users.setdefault(storage_of(parameter), []).append(f"{module_name}.{parameter_name}")
+    return users
 
 
 def storage_of(tensor: torch.Tensor) -> tuple:

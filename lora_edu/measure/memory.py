@@ -6,12 +6,13 @@ backward pass, one line a tensor, which can be checked by hand.
 With N = batch · length tokens, C the hidden size, F the MLP's, a LoRA saves gradients and optimizer states, but most of
 what is kept is N · C or N · F and stays: the chain rule needs it to reach the first adapter.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lora_edu.models.sizes import Sizes, sizes_of
 from lora_edu.numbers import bytes_in_words, whole
 from lora_edu.tables import ShowsTables, Table
+from lora_edu.training.group import STRATEGIES
 
 
 class Recipe(NamedTuple):
@@ -182,7 +183,8 @@ class Bill(ShowsTables):
 
 
 def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-linear", recipe: str | None = None,
-         optimizer: str = "adam", batch: int = 1, length: int | None = None, checkpointing: bool = False) -> Bill:
+         optimizer: str = "adam", batch: int = 1, length: int | None = None, checkpointing: bool = False,
+         strategy: str | None = None, processes: int = 1) -> Bill:
     """What a training step needs, by category, from sizes alone.
 
     Args:
@@ -192,20 +194,22 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
             that the model's config says it is stored in.
         length: tokens of a text; 2,048, or the model's context where that is shorter.
         checkpointing: each block keeps its input alone and is computed again in the backward pass.
+        strategy, processes: one of `STRATEGIES`, and the bill is one process's, of so many; batch is its own rows.
 
     "temporary" is the larger of two moments: the loss going back through the logits, in two float32 copies whatever
     the recipe, and, with checkpointing, the one block that is there again. "allocator" is an allowance of 5 % on what
-    comes and goes, a guess and no prediction: a CPU's accounting does not need it.
+    comes and goes, a guess and no prediction: a CPU's accounting does not need it. "in transit" is what a strategy
+    holds besides (`_share_out`).
 
     Raises:
         ValueError: an unknown name, a batch or length that is no whole number above zero, a length beyond the context,
-            a rank that does not fit, full fine-tuning of four-bit weights, cross-attention, whose activations have no
-            rule here.
+            a rank that does not fit, full fine-tuning of four-bit weights, four-bit weights under FSDP2, which does
+            not share them out, cross-attention, whose activations have no rule here.
     """
     sizes = model if isinstance(model, Sizes) else sizes_of(model)
     recipe = recipe or sizes.stored or "bf16-mixed"
     length = min(2048, sizes.context) if length is None else length
-    _check(sizes, method, recipe, optimizer, batch, length)
+    _check(sizes, method, recipe, optimizer, batch, length, strategy, processes)
     rank, batch, length = whole(rank), whole(batch), whole(length)
     full, byte = method == "full", RECIPES[recipe]
     P, linear = sizes.parameters(), sizes.linear()
@@ -229,18 +233,39 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
     tensors += [(sizes.layers - 1, row) for row in blocks[1] if sizes.layers > 1]
     parts["activations"] = sum(times * row.bytes for times, row in tensors)
     parts["temporary"] = max(8 * N * sizes.vocab, again)
+    if strategy:
+        _share_out(parts, sizes, full, byte, strategy, processes)
     parts["allocator (an allowance)"] = 0.05 * (parts["activations"] + parts["temporary"])
     name = model if isinstance(model, str) else f"a {sizes.kind} model"
     return Bill(name, P, trainable, parts, tuple(tensors), recipe, length)
 
 
-def _check(sizes: Sizes, method: str, recipe: str, optimizer: str, batch: int, length: int) -> None:
+def _share_out(parts: dict[str, float], sizes: Sizes, full: bool, byte: Recipe, strategy: str, processes: int) -> None:
+    """One process's part of a bill. DDP keeps everything in each, and the gradients a second time, in the buckets that
+    it sends. FSDP2 keeps a share of each tensor; while it works there are, whole, what is outside the blocks and, in
+    the backward pass, about three times a block (in use, the buffer it came in, the next one's) and a block's gradients
+    on their way. About: on a CPU the allocator counted two to four, by who was quicker, the products or the sending.
+    """
+    if strategy == "ddp":
+        parts["in transit"] = parts["gradients"]
+        return
+    numbers = 2 * replace(sizes, layers=1).parameters() - replace(sizes, layers=2).parameters()
+    outside = numbers * (byte.trained if full else byte.other)
+    block = (parts["weights"] + parts["adapter"] - outside) / sizes.layers
+    sent = (parts["gradients"] - full * numbers * byte.gradient) / sizes.layers
+    parts["in transit"] = outside + 3 * block + sent
+    for name in ("weights", "adapter", "gradients", "optimizer states"):
+        parts[name] /= processes
+
+
+def _check(sizes: Sizes, method: str, recipe: str, optimizer: str, batch: int, length: int, strategy: str | None,
+           processes: int) -> None:
     """What `bill` refuses."""
     for name, value, known in (("recipe", recipe, RECIPES), ("optimizer", optimizer, OPTIMIZERS),
-                               ("method", method, ("full", "lora"))):
+                               ("method", method, ("full", "lora")), ("strategy", strategy, (None, *STRATEGIES))):
         if value not in known:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}.")
-    for name, value in (("batch", batch), ("length", length)):
+    for name, value in (("batch", batch), ("length", length), ("processes", processes)):
         if whole(value) is None or value < 1:
             raise ValueError(f"{name}={value!r}: choose a whole number, 1 or more.")
     if length > sizes.context:
@@ -248,6 +273,12 @@ def _check(sizes: Sizes, method: str, recipe: str, optimizer: str, batch: int, l
     if sizes.cross:
         raise ValueError("the model has cross-attention, and what autograd keeps of that has no rule here: count its "
                          "numbers with sizes_of(…).parameters(), and measure the rest.")
+    if processes != 1 and strategy is None:
+        raise ValueError(f"processes={processes} without a strategy: choose one of "
+                         f"{', '.join(map(repr, STRATEGIES))}.")
+    if strategy == "fsdp" and not RECIPES[recipe].trained:
+        raise ValueError(f"recipe={recipe!r} with strategy='fsdp': weights in four bits are no parameters, and FSDP2 "
+                         "shares those out; choose another recipe, or 'ddp'.")
     if method == "full" and not RECIPES[recipe].trained:
         raise ValueError(f"recipe={recipe!r} stores the weights in four bits, and those do not train: choose "
                          "method='lora', or another.")

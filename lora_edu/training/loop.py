@@ -19,9 +19,8 @@ from lora_edu.lora.factors import layers_without_gradient
 from lora_edu.lora.targets import shorten
 from lora_edu.numbers import real, whole
 from lora_edu.training.compiled import compiled
+from lora_edu.training.group import Batch, Group, cut
 from lora_edu.training.loss_scale import LossScale
-
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Diverged(ValueError):
@@ -165,7 +164,7 @@ def adamw(model: nn.Module, weight_decay: float = 0.0, betas: tuple[float, float
 def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
           schedule: Callable[[int, int], float] = warmup_linear(), optimizer: torch.optim.Optimizer | None = None,
           max_grad_norm: float | None = 1.0, autocast: torch.dtype | None = None,
-          first_step: int = 0, compile: bool = False) -> Iterator[Step]:
+          first_step: int = 0, compile: bool = False, processes: Group = Group(), pieces: int = 1) -> Iterator[Step]:
     """Train what is trainable, in place, and yield a `Step` after each optimizer step.
 
     Stop whenever you like: what has been learned stays in the model, and its mode (train or eval) is put back.
@@ -179,6 +178,9 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
             (`sixteen_bits`); weights keep their dtype. In float16 the loss is scaled, and a step that overflows is
             skipped.
         first_step: go on from here (with the optimizer of the earlier part, and its batches left out).
+        processes: this process among several: it takes its rows of every batch.
+        pieces: a batch goes through in so many, rows after rows, and the gradients are added up ("accumulated"): the
+            same step, in the memory of one piece.
         compile: through torch.compile, rows padded to a multiple of 16 tokens. The first steps take half a minute.
 
     Raises:
@@ -213,22 +215,27 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
             if batch is None:
                 raise ValueError(f"the batches ended after {step - first_step} steps, "
                                  f"and {steps - first_step} were asked for.")
+            check_batch(batch)
+            batch = processes.mine(batch)
+            tokens = processes.total((batch[1] != -100).sum().item(), device)
+            if not tokens:
+                raise ValueError(f"step {step + 1}: no token of the batch counts, all its targets are -100: look at "
+                                 "how the prompt is masked and where the text is cut.")
             now = lr * schedule(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = now
-            with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = loss_of(model, batch)
             optimizer.zero_grad(set_to_none=True)
-            backward(loss * scale.scales[0], batch, step)
+            part = add_gradient(model, batch, loss_of, tokens, pieces, processes, scale.scales[0], autocast)
             scale.unscale(0, trained)
             norm = nn.utils.clip_grad_norm_(trained, max_grad_norm if max_grad_norm is not None else float("inf"))
-            skipped = scale.skips(0, loss.item(), norm.item())
+            norm = getattr(norm, "full_tensor", lambda: norm)().item()        # of shards: over all processes
+            mean = processes.total(part, device)
+            skipped = scale.skips(0, mean, norm)
             if not skipped:
-                check_step(model, trained, last, step, loss.item(), norm.item(), first=not moved)
+                check_step(model, trained, last, step, mean, norm, first=not moved)
                 optimizer.step()
                 moved = True
-            yield Step(step + 1, loss.item(), now, norm.item(), batch[0].numel() / (time.perf_counter() - began),
-                       skipped)
+            yield Step(step + 1, mean, now, norm, batch[0].numel() / (time.perf_counter() - began), skipped)
 
 
 def check_training(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, lr: float) -> list[nn.Parameter]:
@@ -257,15 +264,22 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer, steps: in
     return trained
 
 
-def backward(loss: torch.Tensor, batch: Batch, step: int) -> None:
-    """The backward pass; ValueError where there is nothing to go back from, or to."""
-    if not (batch[1] != -100).any():
-        raise ValueError(f"step {step + 1}: no token of the batch counts, all its targets are -100: look at how the "
-                         "prompt is masked and where the text is cut.")
-    if not loss.requires_grad:
-        raise ValueError("the loss does not depend on anything that trains: is the adapted layer used, and gradients "
-                         "enabled?")
-    loss.backward()
+def add_gradient(model: nn.Module, batch: Batch, loss_of: Callable, tokens: float, pieces: int, processes: Group,
+                 scale: float, autocast: torch.dtype | None) -> float:
+    """Add up the gradient of a mean over so many tokens, of all processes, a piece of this one's rows after another;
+    returns what these rows are of that mean. DDP and FSDP2 divide what they send by the number of processes.
+    """
+    part, cuts, device = 0.0, cut(batch, pieces, "pieces"), next(model.parameters()).device
+    for i, piece in enumerate(cuts, 1):
+        with processes.sending(model, i == len(cuts)):
+            with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = loss_of(model, piece, "sum") / tokens
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on anything that trains: is the adapted layer used, and "
+                                 "gradients enabled?")
+            (loss * (scale * processes.size)).backward()
+        part += loss.item()
+    return part
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import shortened
+
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # A time limit here is for a busy machine; on an idle one a notebook opens in 5 s and a picture changes in 0.3 s.
@@ -172,17 +174,20 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def open_notebook(lab, chromium, tmp_path, record_property):
-    """``with open_notebook(path) as page:`` opens a copy without outputs (``stored=True``: with them), its kernel
-    ready; yields a `NotebookPage`.
+    """``with open_notebook(path) as page:`` opens a copy without outputs, its kernel ready; yields a `NotebookPage`.
+    ``stored=True``: with its outputs; ``short=True``: trainings are a step long.
     """
     served, address, token = lab
 
     @contextmanager
-    def opened(path: Path, stored: bool = False):
+    def opened(path: Path, stored: bool = False, short: bool = False):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         for cell in content["cells"]:
             if cell["cell_type"] == "code" and not stored:
                 cell.update(outputs=[], execution_count=None)   # what is seen later was made here
+        if short:
+            content["cells"].insert(2, {"cell_type": "code", "id": "short", "metadata": {}, "source": shortened.CELL,
+                                        "outputs": [], "execution_count": None})
         name = f"{secrets.token_hex(4)}_{Path(path).name}"
         (served / name).write_text(json.dumps(content), encoding="utf-8")
         page = chromium.new_page(viewport={"width": 1200, "height": 900})

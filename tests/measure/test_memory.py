@@ -248,7 +248,9 @@ def test_a_loss_that_is_none_is_refused(loss, said):
     ({"batch": True}, "batch=True"),
     ({"length": 2049}, "at most 2,048"), ({"rank": 5000}, "rank <= 4096"), ({"rank": -1}, "rank=-1"),
     ({"targets": ("wq",)}, "named 'wq'"),
-    ({"method": "full", "recipe": "nf4"}, "four bits")])
+    ({"method": "full", "recipe": "nf4"}, "four bits"), ({"strategy": "zero"}, "strategy='zero'"),
+    ({"processes": 0}, "processes=0"), ({"processes": 4}, "without a strategy"),
+    ({"strategy": "fsdp", "processes": 4, "recipe": "nf4"}, "FSDP2 shares those out")])
 def test_what_cannot_be_is_refused(how, said):
     with pytest.raises(ValueError, match=said):
         bill("llama-7b", **how)
@@ -257,3 +259,20 @@ def test_what_cannot_be_is_refused(how, said):
 def test_every_recipe_gives_a_finite_bill_and_less_for_fewer_bits():
     totals = [bill("llama-7b", recipe=recipe).parts["weights"] for recipe in RECIPES]
     assert all(math.isfinite(total) for total in totals) and totals[0] > totals[1] == totals[2] > totals[3] > totals[4]
+
+
+@pytest.mark.parametrize("method, recipe", [("lora", "bf16-mixed"), ("full", "fp32")])
+def test_one_of_eight_processes_by_hand(method, recipe):
+    """LLaMA 7B; what PyTorch really holds is tested in several processes (test_distributed)."""
+    alone, ddp, fsdp = (bill("llama-7b", method, recipe=recipe, **how).parts for how in (
+        {}, {"strategy": "ddp", "processes": 8}, {"strategy": "fsdp", "processes": 8}))
+    assert ddp.pop("in transit") == alone["gradients"] and ddp == alone
+    sizes, each = PRESETS["llama-7b"], {"fp32": 4, "bf16-mixed": 2}[recipe]
+    block = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
+    outside = 2 * 32000 * 4096 + 4096
+    assert sizes.parameters() == 32 * block + outside
+    factors = sizes.adapter("all-linear", 8) * 4 / 32
+    lora = method == "lora"
+    assert fsdp.pop("in transit") == outside * each + (3 * (block * each + factors) + factors if lora else 16 * block)
+    for name, value in fsdp.items():
+        assert value == alone[name] / (8 if name in ("weights", "adapter", "gradients", "optimizer states") else 1)

@@ -42,6 +42,19 @@ def course(tmp_path):
     return tmp_path
 
 
+def test_the_readme_opens_with_the_page_once_there_is_an_address(course):
+    readme = course / "README.md"
+    readme.write_text("# Title\n\n" + readme.read_text(encoding="utf-8"), encoding="utf-8")
+    links.main(course)
+    assert readme.read_text(encoding="utf-8").startswith("# Title\n\n[00]")
+    for repo, address in (("Ada/loras", "https://ada.github.io/loras/"), ("bob/l", "https://bob.github.io/l/")):
+        links.main(course, repo)
+        text = readme.read_text(encoding="utf-8")
+        assert text.splitlines()[2].endswith(address) and text.count("github.io") == 1 and "\n\n[00]" in text
+    links.main(course, "OWNER/lora_edu")
+    assert "github.io" not in readme.read_text(encoding="utf-8")
+
+
 def sources(course, name):
     book = json.loads((course / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
     return ["".join(cell["source"]) for cell in book["cells"]]

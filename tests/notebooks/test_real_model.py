@@ -4,7 +4,6 @@ the other notebooks.
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -20,21 +19,15 @@ sys.path.insert(0, str(ROOT / "tools"))
 from store_outputs import ThisPython  # noqa: E402
 
 NOTEBOOK = ROOT / "notebooks" / "08_a_real_model_on_a_gpu.ipynb"
-LIMIT = 180                   # seconds on two cores
 pytestmark = pytest.mark.full
 
 
 def test_with_the_copy_of_the_package_index_every_stored_output_comes_out(real_weights):
-    """And in under three minutes, as its header says."""
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600", "-q",
                "-p", "no:cacheprovider", str(NOTEBOOK)]
-    began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"LORA_EDU_REAL": str(real_weights), "LORA_EDU_DEVICE": "cpu"})
-    took = time.perf_counter() - began
     assert done.returncode == 0, done.stdout[-4000:]
-    print(f"{took:.0f} s")
-    assert took < 2 * LIMIT, "twice the promise: another test may run beside it"
 
 
 def test_from_a_hub_it_sets_up_and_takes_five_steps(real_weights, tmp_path, monkeypatch):

@@ -292,3 +292,29 @@ def test_every_module_gets_its_own_mode_back():
     list(train(model, some_batches(), 2, 1e-3))
     evaluate(model, some_batches(1))
     assert model.training and not frozen.training and not frozen.mlp.training
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5])
+def test_a_batch_in_pieces_is_the_same_step(pieces):
+    """Oracle: the batch as one, also where a piece has no token that counts."""
+    ids = torch.randint(50, (5, 9), generator=torch.Generator().manual_seed(0))
+    targets = ids[:, 1:].clone()
+    targets[0, 3:] = -100
+    targets[-1] = -100
+    found = {}
+    for asked in (1, pieces):
+        adapted = our_llama().double()
+        torch.manual_seed(0)
+        apply_lora(adapted, rank=2)
+        steps = list(train(adapted, [(ids[:, :-1], targets)] * 3, 3, 1e-2, pieces=asked))
+        found[asked] = [(step.loss, step.grad_norm) for step in steps], [p.detach() for p in lora_parameters(adapted)]
+    np.testing.assert_allclose(found[pieces][0], found[1][0], rtol=1e-12)
+    torch.testing.assert_close(found[pieces][1], found[1][1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong, message", [(6, "5 rows for 6 pieces: give each at least one, or ask for fewer pieces"),
+                                            (0, "pieces=0: choose a whole number, 1 or more")])
+def test_pieces_that_a_batch_has_not(wrong, message):
+    ids = torch.randint(11, (5, 9), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=message):
+        next(train(model(), [(ids[:, :-1], ids[:, 1:])], 1, 1e-2, pieces=wrong))

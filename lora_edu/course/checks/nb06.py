@@ -7,7 +7,7 @@ import torch
 from lora_edu.course.checks.nb01 import randn
 from lora_edu.course.checks.nb03 import equals
 from lora_edu.course.labs.merge_lab import losses_at, twin_in
-from lora_edu.course.page.exercises import Verdict, check, check_match, is_blank, is_stub, not_attempted, say, word
+from lora_edu.course.page.exercises import Verdict, check, check_limits, check_match, is_stub
 from lora_edu.lora.adapter_file import TENSORS, load_adapter
 from lora_edu.lora.merge import merge_lora
 from lora_edu.measure.operators import operators
@@ -25,8 +25,8 @@ MERGES: dict[str, tuple[str, Callable]] = {      # what was added to W₀, given
                                            "D": ("scaling forgotten", lambda product, scaling: product)}
 PLANS = ("merge", "merge in float32", "keep apart", "prefix")
 # exercise 6.4: the most that each situation allows, and of what
-LIMITS = {"A": (0, "operators more than the base runs"), "B": (100, "MB of weights for 200 customers"),
-          "C": (0, "tokens of a 500-token input that no longer fit"), "D": (10, "% of the gain on held-out cards lost")}
+LIMITS = {"A": {"operators more than the base runs": 0}, "B": {"MB of weights for 200 customers": 100},
+          "C": {"tokens of a 500-token input that no longer fit": 0}, "D": {"% of the gain on held-out cards lost": 10}}
 
 
 def check_fold(student) -> Verdict:
@@ -151,23 +151,10 @@ def check_choice(answers: dict[str, str | None] | None) -> Verdict:
     """Exercise 6.4: what each plan does in each situation is measured on fable, and must stay within that
     situation's limit.
     """
-    if is_blank(answers) or isinstance(answers, dict) and all(map(is_blank, answers.values())):
-        return not_attempted("6.4")
-    if not isinstance(answers, dict):
-        return say("6.4", False, f"give a dict with the keys {', '.join(map(repr, LIMITS))}.")
-    print("measuring on fable, a few seconds …")
-    answers = {name: next((plan for plan in PLANS if word(plan) == word(answer)), answer)
-               for name, answer in answers.items()}
-    measured = consequences()
-    for name, (limit, unit) in LIMITS.items():
-        plan = answers.get(name)
-        if plan not in PLANS:
-            return say("6.4", False, f"{name}: {plan!r} is not one of the plans: {', '.join(map(repr, PLANS))}.")
-        if measured[name][plan] > limit:
-            return say("6.4", False, f"{name}: {plan!r} makes {measured[name][plan]:.3g} {unit}, and {limit} may be.")
-    said = "; ".join(f"{name} {answers[name]}: {measured[name][answers[name]]:.2g} {unit}"
-                     for name, (_, unit) in LIMITS.items())
-    return say("6.4", True, f"all four within their limits, measured on fable. {said}.")
+    def measured():
+        return {name: {plan: dict.fromkeys(LIMITS[name], much) for plan, much in plans.items()}
+                for name, plans in consequences().items()}
+    return check_limits("6.4", answers, PLANS, LIMITS, measured)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ from lora_edu.measure.memory_measured import Measured
 CARDS = {"T4": 16, "L4": 24, "A100": 40, "A100, H100": 80}        # GB as the makers count, 10⁹ bytes
 LOOKS = {"weights": (SKY, ""), "adapter": (BLACK, ""), "gradients": (VERMILLION, "//"),
          "optimizer states": (ORANGE, "\\\\"),
-         "activations": (GREEN, ".."), "temporary": (PURPLE, "xx"), "allocator (an allowance)": (GREY, "")}
+         "activations": (GREEN, ".."), "temporary": (PURPLE, "xx"), "in transit": (BLUE, "--"),
+         "allocator (an allowance)": (GREY, "")}
 GB = 1e9
 AXIS = "GB (10⁹ bytes); dotted: what a card has"
 
@@ -34,7 +35,9 @@ def stacks(ax, bills: dict[str, Bill]) -> None:
     """The bars of each category, by its name."""
     left = [0.0] * len(bills)
     for part, (color, hatch) in LOOKS.items():
-        width = [bill.parts[part] / GB for bill in bills.values()]
+        if not any(part in bill.parts for bill in bills.values()):
+            continue                                      # nothing is in transit in one process
+        width = [bill.parts.get(part, 0) / GB for bill in bills.values()]
         ax.barh(list(bills), width, left=left, height=0.6, color=color, hatch=hatch, edgecolor="white", linewidth=0.5,
                 label=part)
         left = [a + b for a, b in zip(left, width)]

@@ -11,7 +11,8 @@ const CSS = `
   --face: #1e1e1e; --c0: #56B4E9; --c1: #FF9A52; --c2: #35cfa0; --c3: #E6B422; --c4: #E59AC4; --c5: #9CD3F2;
   --c6: #ffffff; --good: #35cfa0; --bad: #FF9A52; }
 .lora-lab * { box-sizing: border-box; }
-.lora-lab .row { display: flex; flex-wrap: wrap; gap: 6px 18px; align-items: center; margin: 4px 0; }
+.lora-lab .row { display: flex; flex-wrap: wrap; gap: 6px 18px; align-items: center; margin: 4px 0; --bs-gutter-x: 0; --bs-gutter-y: 0; }
+.lora-lab .row > * { width: auto; }
 .lora-lab .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(270px, 100%), 1fr)); gap: 10px 18px; }
 .lora-lab .panel { min-width: 0; } .lora-lab .panel svg { display: block; width: 100%; overflow: visible; }
 .lora-lab .title { font-weight: 600; margin: 4px 0 0; white-space: pre-line; } .lora-lab .note { color: var(--soft); font-size: 13px; }

@@ -6,6 +6,7 @@ module serves a page that has no kernel: it is given a model with `get`, `set`, 
 element to draw in.
 """
 import functools
+import os
 from html import escape
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from lora_edu.course.page.show import picture_html
 
 HERE = Path(__file__).parent
 MOVE = "Run this cell to move it."
+KEEP = "application/vnd.lora-edu.lab+json"    # what the web page keeps of a lab, where this variable is set
+NEEDS = {"fable_live": ("fable_model",)}      # what stands between the helpers and a lab's own module
 
 
 @functools.cache
 def module(name: str) -> str:
     """The source of a lab's module: one text without imports."""
-    return "\n".join((HERE / f"{part}.js").read_text(encoding="utf-8") for part in ("kit", name))
+    return "\n".join((HERE / f"{part}.js").read_text(encoding="utf-8") for part in ("kit", *NEEDS.get(name, ()), name))
 
 
 def ranks_up_to(most: int, *also: int) -> list[int]:
@@ -55,7 +58,7 @@ class Lab(anywidget.AnyWidget):
 
     def __init__(self, name: str, data: dict, state: dict, said: str, picture: Figure | None = None):
         super().__init__(_esm=module(name), data=data, state=state)
-        self.said, self.picture = said, picture
+        self.name, self.said, self.picture = name, said, picture
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         shown = super()._repr_mimebundle_(**kwargs)
@@ -63,4 +66,5 @@ class Lab(anywidget.AnyWidget):
         words = f"{self.said}\n{MOVE}"
         page = (f"<p>{escape(words)}</p>" if self.picture is None
                 else picture_html(self.picture, caption=words)).replace("\n", "<br>")
-        return data | {"text/plain": words, "text/html": page}, metadata
+        asked = {KEEP: {"module": self.name, "data": self.data, "state": self.state}} if KEEP in os.environ else {}
+        return data | {"text/plain": words, "text/html": page} | asked, metadata

@@ -1,8 +1,8 @@
 """Judge a reader's answer and say what is wrong with it in one line.
 
 `check` judges a function against an oracle, `check_choice` and `check_match` a diagnosis, `check_decision` a choice
-scored by a measurement. The checkers themselves, one file a notebook, stand in ``checks/``, so that a notebook's cell
-shows no answer.
+scored by a measurement, `check_limits` plans that must stay within limits. The checkers themselves, one file a
+notebook, stand in ``checks/``, so that a notebook's cell shows no answer.
 """
 import copy
 import dis
@@ -10,6 +10,7 @@ import inspect
 import itertools
 import numbers
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,7 +213,9 @@ def _same(now, before) -> bool:
         return now.keys() == before.keys() and all(_same(now[key], before[key]) for key in before)
     if isinstance(before, (tuple, list)):
         return len(now) == len(before) and all(map(_same, now, before))
-    return now == before if isinstance(before, (int, float, str)) else True
+    if isinstance(before, (int, float, str)):
+        return now == before or before != before and now != now         # nan equals nothing, itself included
+    return True
 
 
 def word(answer) -> str:
@@ -245,16 +248,25 @@ def check_choice(number: str, answer: str | None, right: str, because: str, hint
     return say(number, False, known.get(word(answer), f"{str(answer)!r} is not one of the choices: {choices}."))
 
 
-def check_match(number: str, answers: dict, right: dict, because: str, hints: dict) -> Verdict:
-    """A diagnosis of several things, ``{"curve A": "cause", ...}``; ``hints`` has one for each key."""
+def by_key(number: str, answers, keys) -> dict | Verdict:
+    """The answers of a dict, one for each of the keys (None where there is none), or what is said of one without any.
+    Case and spaces of the keys do not count.
+    """
     if is_blank(answers):
         return not_attempted(number)
     if not isinstance(answers, dict):
-        return say(number, False, f"give a dict with the keys {_quoted(right)}, not {describe(answers)}.")
+        return say(number, False, f"give a dict with the keys {_quoted(keys)}, not {describe(answers)}.")
     given = {word(key): answer for key, answer in answers.items()}
     if all(is_blank(answer) for answer in given.values()):
         return not_attempted(number)
-    answered = {key: given.get(word(key)) for key in right}
+    return {key: given.get(word(key)) for key in keys}
+
+
+def check_match(number: str, answers: dict, right: dict, because: str, hints: dict) -> Verdict:
+    """A diagnosis of several things, ``{"curve A": "cause", ...}``; ``hints`` has one for each key."""
+    answered = by_key(number, answers, right)
+    if isinstance(answered, Verdict):
+        return answered
     choices = sorted(set(right.values()))
     for key, answer in answered.items():
         if not is_blank(answer) and word(answer) not in map(word, choices):
@@ -263,6 +275,31 @@ def check_match(number: str, answers: dict, right: dict, because: str, hints: di
     if not wrong:
         return say(number, True, f"correct: {because}")
     return say(number, False, f"{len(right) - len(wrong)} of {len(right)} right; look at {wrong[0]}: {hints[wrong[0]]}")
+
+
+def check_limits(number: str, answers: dict, plans: tuple, limits: dict, consequences: Callable) -> Verdict:
+    """A plan for each situation, judged by what it is found to do.
+
+    ``limits``: {situation: {what: the most}}; ``consequences()``: {situation: {plan: {what: how much}}}, called when
+    every situation has a plan.
+    """
+    chosen = by_key(number, answers, limits)
+    if isinstance(chosen, Verdict):
+        return chosen
+    for name, answer in chosen.items():
+        chosen[name] = next((plan for plan in plans if word(plan) == word(answer)), None)
+        if chosen[name] is None:
+            said = "no plan yet" if is_blank(answer) else f"{answer!r} is not one of the plans"
+            return say(number, False, f"{name}: {said}: {_quoted(plans)}.")
+    print("measuring on fable, a few seconds …")
+    found, told = consequences(), []
+    for name, plan in chosen.items():
+        does = found[name][plan]
+        for what, most in limits[name].items():
+            if does[what] > most:
+                return say(number, False, f"{name}: {plan!r} makes {does[what]:.3g} {what}, and {most} may be.")
+        told.append(f"{name} {plan}: " + ", ".join(f"{does[what]:.3g} {what}" for what in limits[name]))
+    return say(number, True, f"all within their limits, measured on fable. {'; '.join(told)}.")
 
 
 def check_decision(number: str, choice, scores: dict, within: float, because: str,

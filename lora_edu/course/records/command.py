@@ -18,6 +18,8 @@ FOLDER]
     latency           what each of them costs in time when it is used
     published_transformers  three published fine-tunes, nothing trained (after `python dev.py real minilm sre rxnfp`)
     real_model        LoRA and full fine-tuning of SmolLM2-135M-Instruct beside fable (after `python dev.py real`)
+    trade_adapters    the adapters of fable's two other trades, into models/fable/
+    adapter_mixer     the three shipped adapters, mixed (after trade_adapters)
     from_scratch      the updates of both, beside each other (after real_model)
 
 A record is small JSON beside this file, with its settings, seeds, device, versions and date; notebooks show it and
@@ -31,7 +33,17 @@ from pathlib import Path
 
 import torch
 
-from lora_edu.course.records import comparisons, from_scratch, merging, published, rank, real, spectra, verdicts
+from lora_edu.course.records import (
+    comparisons,
+    from_scratch,
+    merging,
+    published,
+    rank,
+    real,
+    sharing,
+    spectra,
+    verdicts,
+)
 from lora_edu.course.records.stored import load_record, store_record
 
 # name -> how to make it from the command's options
@@ -55,8 +67,10 @@ EXPERIMENTS = {
     "published_transformers": lambda options: published.published_transformers(),
     "real_model": lambda options: real.real_model(scratch=options.scratch),
     "from_scratch": lambda options: from_scratch.from_scratch(),
+    "adapter_mixer": lambda options: sharing.adapter_mixer(),
+    "trade_adapters": lambda options: sharing.trade_adapters(options.tales),
 }
-IN_FLOAT32 = ("planted_rank", "latency", "published_transformers")      # whatever the hardware would do faster
+IN_FLOAT32 = ("planted_rank", "latency", "published_transformers", "adapter_mixer")   # whatever is faster here
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_edu.course.checks import nb00, nb01, nb02, nb03, nb04, nb05, nb06
+from lora_edu.course.checks import nb00, nb01, nb02, nb03, nb04, nb05, nb06, nb07, nb09
 
 
 def slots_right(said, given):
@@ -46,6 +46,22 @@ def prefix_cost(config, tokens):
     return per_token * tokens, config.max_position_embeddings - tokens
 
 
+def customers(room, base_bytes, shapes, rank, bytes_each):
+    return (room - base_bytes) // (bytes_each * sum(rank * (out + into) for out, into in shapes))
+
+
+def add(A1, B1, s1, A2, B2, s2):
+    return torch.cat([A1, A2]), torch.cat([s1 * B1, s2 * B2], dim=1)
+
+
+def mean_of_all(means, tokens):
+    return sum(mean * count for mean, count in zip(means, tokens) if count) / sum(tokens)
+
+
+def sent_by_each(shapes, rank, processes, bytes_each):
+    return 2 * (processes - 1) / processes * bytes_each * sum(rank * (out + into) for out, into in shapes)
+
+
 RIGHT = {
     "0.1": (nb00.check_turn, lambda W, delta, strength: W + strength * delta),
     "0.2": (nb00.check_slots_right, slots_right),
@@ -66,6 +82,10 @@ RIGHT = {
             lambda layers, hidden, kv, rank: layers * rank * ((hidden + hidden) + (hidden + kv))),
     "6.1": (nb06.check_fold, fold),
     "6.3": (nb06.check_prefix_cost, prefix_cost),
+    "7.1": (nb07.check_customers, customers),
+    "7.4": (nb07.check_sum, add),
+    "9.1": (nb09.check_mean, mean_of_all),
+    "9.2": (nb09.check_sent, sent_by_each),
 }
 
 
@@ -198,8 +218,37 @@ OWN = {
             lambda c, t: (2 * c.num_hidden_layers * c.hidden_size * t, c.max_position_embeddings - t),
             lambda c, t: (prefix_cost(c, t)[0], c.max_position_embeddings),
             lambda c, t: (prefix_cost(c, t)[0], c.max_position_embeddings - c.num_hidden_layers * t)],
+    "7.1": [lambda room, b, s, r, n: room // (n * sum(r * (o + i) for o, i in s)),
+            lambda room, b, s, r, n: (room - b) // sum(r * (o + i) for o, i in s),
+            lambda room, b, s, r, n: (room - b) / (n * sum(r * (o + i) for o, i in s)),
+            lambda room, b, s, r, n: -(-(room - b) // (n * sum(r * (o + i) for o, i in s))),
+            lambda room, b, s, r, n: (room - b) // (n * sum(r * o * i for o, i in s)),
+            lambda room, b, s, r, n: (room - b) // (n * sum(o * i for o, i in s)),
+            lambda room, b, s, r, n: (room - b) // (n * r * sum(s[0])),
+            lambda room, b, s, r, n: max(1, customers(room, b, s, r, n))],
+    "7.4": [lambda A1, B1, s1, A2, B2, s2: (torch.cat([A1, A2]), torch.cat([B1, B2], 1)),
+            lambda A1, B1, s1, A2, B2, s2: (torch.cat([s1 * A1, s2 * A2]), torch.cat([s1 * B1, s2 * B2], 1)),
+            lambda A1, B1, s1, A2, B2, s2: (torch.cat([A1, A2]), torch.cat([s2 * B1, s1 * B2], 1)),
+            lambda A1, B1, s1, A2, B2, s2: (torch.cat([A1, A2]), torch.cat([s2 * B2, s1 * B1], 1)),
+            lambda A1, B1, s1, A2, B2, s2: (torch.cat([s1 * B1, s2 * B2], 1), torch.cat([A1, A2])),
+            lambda A1, B1, s1, A2, B2, s2: (A1 + A2, s1 * B1 + s2 * B2),
+            lambda A1, B1, s1, A2, B2, s2: (A1, s1 * B1),
+            lambda A1, B1, s1, A2, B2, s2: s1 * B1 @ A1 + s2 * B2 @ A2,
+            lambda A1, B1, s1, A2, B2, s2: (torch.eye(5), s1 * B1 @ A1 + s2 * B2 @ A2)],
+    "9.1": [lambda means, tokens: sum(means) / len(means),
+            lambda means, tokens: sum(m * n for m, n in zip(means, tokens)) / sum(tokens),       # nan in case 3
+            lambda means, tokens: sum(m * n for m, n in zip(means, tokens) if n),
+            lambda means, tokens: sum(m * n for m, n in zip(means, tokens) if n) / len(means),
+            lambda means, tokens: max(means)],
+    "9.2": [lambda shapes, r, n, b: b * sum(r * (o + i) for o, i in shapes),
+            lambda shapes, r, n, b: (n - 1) / n * b * sum(r * (o + i) for o, i in shapes),
+            lambda shapes, r, n, b: 2 * b * sum(r * (o + i) for o, i in shapes),
+            lambda shapes, r, n, b: 2 * (n - 1) * b * sum(r * (o + i) for o, i in shapes),
+            lambda shapes, r, n, b: 2 * (n - 1) / n * b * sum(o * i for o, i in shapes),
+            lambda shapes, r, n, b: 2 * (n - 1) / n * sum(r * (o + i) for o, i in shapes)],
 }
-ALIKE = {("2.1", "one more"), ("2.1", "half"), ("2.1", "minus"), ("2.1", "nan"), ("2.1", "complex")}      # one change
+ALIKE = {("2.1", "one more"), ("2.1", "half"), ("2.1", "minus"), ("2.1", "nan"), ("2.1", "complex"),
+         ("7.4", "minus")}      # one change
 WRONG = {f"{number}, {kind}": (number, change(RIGHT[number][1])) for number in RIGHT
          for kind, change in WRONG_KINDS.items() if (number, kind) not in ALIKE}
 WRONG |= {f"{number}, own {i}": (number, student) for number, some in OWN.items() for i, student in enumerate(some)}
@@ -237,7 +286,8 @@ def as_strings(value):
 
 DRESSES = {"as it is": each(lambda value: value), "numpy": each(as_numpy), "numpy's numbers": each(as_scalar),
            "fractions": each(as_fraction), "numpy's strings": each(as_strings),
-           "a tensor of the pair": lambda value: torch.tensor(value) if isinstance(value, tuple) else value}
+           "a tensor of the pair": lambda value: torch.tensor(value)
+           if isinstance(value, tuple) and not isinstance(value[0], torch.Tensor) else value}
 
 
 @pytest.mark.parametrize("dress", DRESSES.values(), ids=DRESSES)
@@ -295,6 +345,8 @@ MATCHES = {"3.4": (nb03.check_mystery, {"P": "documentation", "Q": nb03.SENTENCE
                                        "R": "rate about right", "S": "rate too low"}),
            "4.4": (nb04.check_curves, {"A": "rank too small", "B": "rate too high", "C": "both factors zero",
                                        "D": "rate too low"}),
+           "7.2": (nb07.check_files, {"A": "right", "B": "wrong prefix", "C": "another base", "D": "never trained"}),
+           "9.3": (nb09.check_runs, {"A": "same rows", "B": "healthy", "C": "mean of means", "D": "not sent"}),
            "6.2": (nb06.check_merges, {"A": "transposed", "B": "right", "C": "merged twice", "D": "scaling forgotten"})}
 
 

@@ -47,8 +47,8 @@ def test_a_lab_stores_words_and_a_picture_that_need_no_kernel():
 
 
 def test_a_module_is_whole_and_needs_nothing_but_model_and_element():
-    for name in ("alpha_dial", "memory_calculator", "merge_lab", "rank_alpha_map", "rank_picture", "spectrum_explorer",
-                 "target_picker", "trainer"):
+    for name in ("adapter_mixer", "alpha_dial", "memory_calculator", "merge_lab", "rank_alpha_map", "rank_picture",
+                 "spectrum_explorer", "target_picker", "trainer"):
         source = module(name)
         assert "import " not in source.replace("important", "") and "render({ model, el })" in source, name
         assert source.count("export default") == 1 and "eval(" not in source and "http" not in source.replace(

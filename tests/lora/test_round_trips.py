@@ -1,0 +1,251 @@
+"""Files go to PEFT and back, and come from PEFT and go back: the same tensors, the same logits. Oracle: PEFT itself."""
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from lora_edu import apply_lora, load_adapter, remove_lora, save_adapter
+from lora_edu.lora.factors import lora_layers
+from lora_edu.lora.inspection import inspect_adapter
+from tests.lora.tiny import IDS, gpt2, hf_llama, names, shake
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def bert():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, num_labels=3)).eval()
+
+
+def qwen():
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+                                        num_attention_heads=2, num_key_value_heads=1)).eval()
+
+
+BASES = {"Llama": (hf_llama, ["q_proj", "down_proj"]), "GPT-2": (gpt2, ["c_attn", "mlp.c_proj"]),
+         "BERT": (bert, ["query", "value"]), "Qwen2": (qwen, ["q_proj", "v_proj"])}
+KINDS = {"plain": {}, "rsLoRA": {"use_rslora": True},
+         "patterns": {"rank_pattern": {r"layers?\.0\..*": 3, r"h\.0\..*": 3}, "alpha_pattern": {r".*\.1\..*": 11}}}
+
+
+def said(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def shake_peft(model):
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+
+
+def tensors(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", BASES)
+def test_peft_to_us_to_peft(base, kind, tmp_path):
+    build, targets = BASES[base]
+    theirs = get_peft_model(build(), LoraConfig(r=2, lora_alpha=8, target_modules=targets, **KINDS[kind]))
+    shake_peft(theirs)
+    theirs.save_pretrained(tmp_path / "a")
+    ours = build()
+    load_adapter(ours, tmp_path / "a")
+    torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
+    save_adapter(ours, tmp_path / "b")
+    equal(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    again = PeftModel.from_pretrained(build(), tmp_path / "b")
+    torch.testing.assert_close(said(again), said(theirs), atol=1e-5, rtol=1e-5)
+    assert inspect_adapter(tmp_path / "a").scalings == pytest.approx(
+        {name: layer.scaling for name, layer in lora_layers(ours)})
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_us_to_peft_to_us(base, tmp_path):
+    build, targets = BASES[base]
+    ours = build()
+    apply_lora(ours, targets, rank=3, alpha=5, rslora=base == "Qwen2")
+    shake(ours)
+    save_adapter(ours, tmp_path / "a")
+    theirs = PeftModel.from_pretrained(build(), tmp_path / "a")
+    torch.testing.assert_close(said(theirs), said(ours), atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "b")
+    equal(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    again = build()
+    load_adapter(again, tmp_path / "b")
+    assert torch.equal(said(again), said(ours))
+
+
+@pytest.mark.parametrize("base, whole", [("Llama", ["lm_head"]), ("Llama", ["embed_tokens"]), ("BERT", ["classifier"]),
+                                         ("GPT-2", ["wte"])])
+def test_modules_that_are_saved_whole_come_back(base, whole, tmp_path):
+    build, targets = BASES[base]
+    theirs = get_peft_model(build(), LoraConfig(r=2, target_modules=targets, modules_to_save=whole))
+    shake_peft(theirs)
+    for name, parameter in theirs.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    ours = build()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_tied_embedding_that_was_trained(together, tmp_path):
+    """Tied as it was trained, or parted as PEFT parts it: both ways the logits are the same on both sides."""
+    theirs = get_peft_model(hf_llama(tied=True), LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=together))
+    shake_peft(theirs)
+    with torch.no_grad():
+        theirs.base_model.model.model.embed_tokens.modules_to_save["default"].weight.mul_(1.5)
+    theirs.save_pretrained(tmp_path / "a")
+    ours = hf_llama(tied=True)
+    load_adapter(ours, tmp_path / "a")
+    torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
+    mine = hf_llama(tied=True)
+    apply_lora(mine, ["q_proj"], rank=2)
+    shake(mine)
+    mine.model.embed_tokens.requires_grad_(True)
+    with torch.no_grad():
+        mine.model.embed_tokens.weight.mul_(1.5)
+    save_adapter(mine, tmp_path / "b")
+    again = PeftModel.from_pretrained(hf_llama(tied=True), tmp_path / "b")
+    torch.testing.assert_close(said(again), said(mine), atol=1e-5, rtol=1e-5)
+
+
+# twenty-one ways to say where a LoRA goes and how large it is there; the rules of each are PEFT's own
+PATTERNS = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["self_attn.q_proj", "gate_proj"]},
+    {"target_modules": ["model.layers.1.mlp.up_proj"]},
+    {"target_modules": r".*\.(q|k)_proj"},
+    {"target_modules": r"model\.layers\.[12]\.self_attn\.v_proj"},
+    {"target_modules": "all-linear"},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": ["h", "layers"]},
+    {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+    {"target_modules": r".*_proj", "exclude_modules": r"model\.layers\.0\..*"},
+    {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"q_proj": 5}},
+    {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 5, "q_proj": 3}},
+    {"target_modules": ["q_proj", "k_proj"], "alpha_pattern": {r"^model\.layers\.2.*": 24, "k_proj": 1}},
+    {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {r".*\.1\..*": 4}, "alpha_pattern": {"proj": 7, "k_.*": 3},
+     "use_rslora": True},
+    {"target_modules": r".*(q_proj|lm_head)", "modules_to_save": ["lm_head"]},
+    {"target_modules": ["down_proj", "lm_head"], "rank_pattern": {"lm_head": 1}, "alpha_pattern": {"lm_head": 9}},
+]
+
+
+@pytest.mark.parametrize("config", PATTERNS, ids=range(len(PATTERNS)))
+def test_twenty_one_ways_to_say_where(config, tmp_path):
+    """The same layers, scalings and logits as PEFT, from PEFT's file; and once more from ours."""
+    theirs = get_peft_model(qwen_untied(), LoraConfig(r=2, lora_alpha=6, **config))
+    shake_peft(theirs)
+    theirs.save_pretrained(tmp_path / "a")
+    ours = qwen_untied()
+    load_adapter(ours, tmp_path / "a")
+    adapted = {name.removeprefix("base_model.model."): module.scaling["default"]
+               for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert {name: layer.scaling for name, layer in lora_layers(ours)} == pytest.approx(adapted)
+    torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
+    save_adapter(ours, tmp_path / "b")
+    again = PeftModel.from_pretrained(qwen_untied(), tmp_path / "b")
+    torch.testing.assert_close(said(again), said(theirs), atol=1e-5, rtol=1e-5)
+
+
+def qwen_untied():
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+                                        num_attention_heads=2, num_key_value_heads=1,
+                                        tie_word_embeddings=False)).eval()
+
+
+def test_the_names_of_nested_adapters(tmp_path):
+    """PEFT keeps an adapter of another name in a folder of that name; and in memory, its name in the tensors'."""
+    theirs = get_peft_model(hf_llama(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="waiter")
+    shake_peft(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json.*folders waiter are such"):
+        load_adapter(hf_llama(), tmp_path)
+    folder = tmp_path / "waiter"
+    ours = hf_llama()
+    load_adapter(ours, folder)
+    torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
+    as_in_memory = {name.replace(".weight", ".waiter.weight"): t for name, t in tensors(folder).items()}
+    save_file(as_in_memory, folder / "adapter_model.safetensors")
+    again = hf_llama()
+    load_adapter(again, folder)
+    assert torch.equal(said(again), said(ours))
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"exclude_modules": "["}, "no regular expression"), ({"exclude_modules": 3}, "exclude_modules=3"),
+    ({"layers_to_transform": [0.5]}, "layers_to_transform"), ({"layers_to_transform": "1"}, "layers_to_transform"),
+    ({"layers_pattern": 1}, "layers_pattern=1"), ({"layers_to_transform": [7]}, "have no place")])
+def test_what_says_where_and_does_not_fit_is_refused(keys, message, tmp_path):
+    model = hf_llama()
+    apply_lora(model, ["q_proj"], rank=2)
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    plain = hf_llama()
+    with pytest.raises(ValueError, match=message):
+        load_adapter(plain, tmp_path)
+    assert not names(plain)
+
+
+def real_base(which):
+    if "gpt2" in which:         # its own shapes, but for the vocabulary
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32))
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=2048, num_hidden_layers=24,
+                                            num_attention_heads=16, intermediate_size=8, max_position_embeddings=32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["adapter_gpt2_tigrinya_r8", "adapter_open_calm_1b_r1"])
+def test_two_adapters_that_people_published(which, tmp_path):
+    """On bases of the right shapes: the numbers are PEFT's, and what is saved again is the same tensors."""
+    folder = SHARED / which
+    if not folder.exists():
+        pytest.skip(f"needs the adapter shared/data/{which} beside the project")
+    torch.manual_seed(0)
+    base = real_base(which)
+    ours = base                     # a gigabyte: once, plain again between the two
+    load_adapter(ours, folder)
+    loaded = said(ours)
+    save_adapter(ours, tmp_path, dtype=next(iter(tensors(folder).values())).dtype)
+    equal(tensors(folder), tensors(tmp_path))
+    remove_lora(ours, merge=False)
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(base, folder)
+    torch.testing.assert_close(loaded, said(theirs), atol=1e-3, rtol=1e-4)
