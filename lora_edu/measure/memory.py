@@ -243,8 +243,9 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
 def _share_out(parts: dict[str, float], sizes: Sizes, full: bool, byte: Recipe, strategy: str, processes: int) -> None:
     """One process's part of a bill. DDP keeps everything in each, and the gradients a second time, in the buckets that
     it sends. FSDP2 keeps a share of each tensor; while it works there are, whole, what is outside the blocks and, in
-    the backward pass, about three times a block (in use, the buffer it came in, the next one's) and a block's gradients
-    on their way. About: on a CPU the allocator counted two to four, by who was quicker, the products or the sending.
+    the backward pass, twice a block (the one in use, and the next in the buffer it comes in) and twice a block's
+    gradients (the one's, and the last one's in the buffer it is sent from); a head that trains has its gradient whole
+    until the pass is done. So torch's own accounting has it; NCCL and gloo may copy once more.
     """
     if strategy == "ddp":
         parts["in transit"] = parts["gradients"]
@@ -253,7 +254,8 @@ def _share_out(parts: dict[str, float], sizes: Sizes, full: bool, byte: Recipe, 
     outside = numbers * (byte.trained if full else byte.other)
     block = (parts["weights"] + parts["adapter"] - outside) / sizes.layers
     sent = (parts["gradients"] - full * numbers * byte.gradient) / sizes.layers
-    parts["in transit"] = outside + 3 * block + sent
+    head = full * sizes.vocab * sizes.hidden * byte.gradient
+    parts["in transit"] = outside + head + 2 * block + 2 * sent
     for name in ("weights", "adapter", "gradients", "optimizer states"):
         parts[name] /= processes
 
