@@ -6,7 +6,6 @@ by its singular values, it is the nearest there is (Eckart and Young 1936), and 
 
 Source: PEFT 0.21, `add_weighted_adapter`, whose "cat" and "svd" these are; its "linear" adds the factors.
 """
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,7 +72,7 @@ def combine_adapters(folders: Sequence[str | Path], weights: Sequence[float], ou
         raise ValueError(f"{len(folders)} folders and the weights {weights}: give one finite number for each adapter.")
     if rank is not None and (whole(rank) is None or rank < 1):
         raise ValueError(f"rank={rank!r} is no rank: choose a whole number from 1, or None for the exact sum.")
-    factors, bases, config = _weighted(folders, weights)
+    factors, bases = _weighted(folders, weights)
     tensors, ranks, lost, squares = {}, {}, {}, {}
     for name, (A, B) in factors.items():
         squares[name], lost[name] = ((B.T @ B).double() * (A @ A.T)).sum().item(), 0.0
@@ -83,18 +82,17 @@ def combine_adapters(folders: Sequence[str | Path], weights: Sequence[float], ou
         tensors |= {f"{name}.lora_A.weight": A.to(dtype), f"{name}.lora_B.weight": B.to(dtype)}
     usual = max(ranks.values())
     own = patterns(ranks, usual)
-    config = adapter_config(config["base"], config["targets"] or list(ranks)) | {
-        "r": usual, "lora_alpha": usual, "lora_dropout": 0.0, "rank_pattern": own, "alpha_pattern": own,
-        "fan_in_fan_out": config["fan_in_fan_out"]}
+    config = _shared(folders, list(ranks)) | {"r": usual, "lora_alpha": usual, "lora_dropout": 0.0,
+                                              "rank_pattern": own, "alpha_pattern": own}
     size = write_adapter(out, tensors, config, bases[0] if bases else None)
     all_squares = sum(squares.values())
     total = math.sqrt(sum(lost[name]**2 * squares[name] for name in lost) / (all_squares or 1))
     return CombineReport(ranks, lost, total, size, out)
 
 
-def _weighted(folders: Sequence[str | Path], weights: list[float]) -> tuple[dict, list[str], dict]:
+def _weighted(folders: Sequence[str | Path], weights: list[float]) -> tuple[dict, list[str]]:
     """Module -> the factors of the exact sum, A (sum of ranks, in) and B (out, sum of ranks) with scalings and weights
-    in it; the fingerprints of the bases; and what the config takes over.
+    in it; and the fingerprints of the bases.
     """
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     bases: list[str] = []
@@ -115,22 +113,25 @@ def _weighted(folders: Sequence[str | Path], weights: list[float]) -> tuple[dict
             parts.setdefault(name, []).append((A.float(), scale * B.float()))
     if len(set(bases)) > 1:
         raise ValueError(f"{', '.join(map(str, folders))} were made for different bases, and a sum of their updates "
-                         "means "
-                         "nothing on either.")
+                         "means nothing on either.")
     odd = [name for name, pairs in parts.items() if len({(A.shape[1], len(B)) for A, B in pairs}) > 1]
     if odd:
         raise ValueError(f"the factors of {shorten(odd, 2)} are of different widths in {', '.join(map(str, folders))}: "
                          "were they made for different bases?")
-    from_files = [read_json(Path(folder) / CONFIG, "an adapter_config.json") for folder in folders]
-    # the names that they all gave, where that is all they said of their targets: a server reads those best
-    plain = {json.dumps(sorted(each["target_modules"])) for each in from_files
-             if isinstance(each["target_modules"], list)
-             and not each.get("exclude_modules") and not each.get("layers_to_transform")}
-    same = len(plain) == 1 and all(isinstance(each["target_modules"], list) for each in from_files)
-    said = {"targets": json.loads(plain.pop()) if same else None, "base": from_files[0].get("base_model_name_or_path"),
-            "fan_in_fan_out": any(each.get("fan_in_fan_out") for each in from_files)}
     return {name: (torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1))
-            for name, pairs in parts.items()}, bases, said
+            for name, pairs in parts.items()}, bases
+
+
+def _shared(folders: Sequence[str | Path], modules: list[str]) -> dict:
+    """The config of the sum, as far as those of its parts tell it."""
+    configs = [read_json(Path(folder) / CONFIG, "an adapter_config.json") for folder in folders]
+    # the names that they all gave, where that is all they said of their targets: a server reads those best
+    named = all(isinstance(each["target_modules"], list) and not each.get("exclude_modules")
+                and not each.get("layers_to_transform") for each in configs)
+    targets = {tuple(sorted(each["target_modules"])) for each in configs} if named else set()
+    return adapter_config(configs[0].get("base_model_name_or_path"),
+                          list(targets.pop()) if len(targets) == 1 else modules) | {
+        "fan_in_fan_out": any(each.get("fan_in_fan_out") for each in configs)}
 
 
 def _cut(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -16,7 +16,7 @@ from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro
 from lora_edu.training.loop import evaluate
 
-FILES = {"A": "right", "B": "wrong prefix", "C": "another base", "D": "never trained"}       # exercise 7.2
+FILES = {"A": "right", "B": "wrong prefix", "C": "wrong layers", "D": "never trained"}       # exercise 7.2
 PLANS = ("merge", "stack", "swap")
 # exercise 7.3: what each situation limits, and to how much
 LIMITS = {"A": {"MB in memory": 20, "products with a matrix more than the base": 0},

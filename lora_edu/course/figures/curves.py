@@ -56,15 +56,18 @@ def learn_forget_plane(paths: dict, base: tuple[float, float], title: str, floor
 
 
 def plot_bars(bars: dict, title: str, xlabel: str = "loss", floor: float | None = None) -> Figure:
-    """One bar a name with its interval and its number: ``{"all-linear": (mean, low, high)}``, first on top.
+    """One bar a name with its number, and its interval if it has one: ``{"all-linear": (mean, low, high), "q": 3.2}``,
+    first on top.
 
     ``floor`` is the score of a fluent model that ignores its input.
     """
     note = "" if floor is None else "; dotted: ignores its input"
     fig, ax = new_figure(height=1.3 + 0.42 * len(bars), title=title, xlabel=LABELS.get(xlabel, xlabel) + note)
-    names, (mean, low, high) = list(bars), np.array(list(bars.values()), dtype=float).T
+    names, (mean, low, high) = list(bars), np.array([np.broadcast_to(bar, 3) for bar in bars.values()], dtype=float).T
     ax.barh(names, mean, color=SKY, edgecolor=BLUE, height=0.6)
-    ax.errorbar(mean, names, xerr=(mean - low, high - mean), fmt="none", color=BLACK, capsize=3)
+    sure = low == high                                # a count, or a single run: no whisker of no length
+    ax.errorbar(np.where(sure, np.nan, mean), range(len(names)), xerr=(mean - low, high - mean), fmt="none",
+                color=BLACK, capsize=3)
     for i, value in enumerate(mean):
         said = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         ax.annotate(said, (high[i], i), xytext=(6, 0), textcoords="offset points", va="center",

@@ -49,6 +49,8 @@ def frame(ax, largest: float) -> None:
     """Room for the largest bar, and the cards within it; a name that would cover its right neighbour's is left out."""
     right, last = 1.08 * max(largest / GB, 4), float("inf")
     ax.set_xlim(0, right)
+    if right <= min(CARDS.values()):
+        ax.set_xlabel(AXIS.split(";")[0])
     for card, size in reversed(CARDS.items()):
         if size < right:
             ax.axvline(size, color=BLACK, linestyle=":", linewidth=1)

@@ -8,7 +8,7 @@ from lora_edu.course.records.stored import Record, load_record
 
 
 def adapter_mixer(record: Record | None = None, weights: tuple[float, ...] = (1.0, 0.0, 0.0),
-                  title: str = "Who speaks, and who is understood") -> Lab:
+                  title: str = "Losses of the mixture, and of fable alone") -> Lab:
     """Three sliders, one text, and a loss for each trade and for the tales, in nats per token.
 
     Args:
@@ -30,8 +30,8 @@ def adapter_mixer(record: Record | None = None, weights: tuple[float, ...] = (1.
                        for run in runs}}
     state = dict(zip(names, start))
     now, base = (data["points"][key(each)]["losses"] for each in (start, [0.0] * len(names)))
-    bars = {f"{name}, {where}": 3 * (loss,) for where, some in (("mixed", now), ("fable alone", base))
-            for name, loss in zip(losses, some)}
+    bars = {f"{name}, {where}": loss for name, *both in zip(losses, now, base)
+            for where, loss in zip(("mixed", "fable alone"), both)}
     return Lab("adapter_mixer", data, state, in_words(data, start), plot_bars(bars, title))
 
 

@@ -1,9 +1,6 @@
 // The alpha dial: one text a strength, what it says of the card, two losses, and a slider as wide as their axis.
 // A text that was not written yet is asked of the kernel: `model.send`, answered by a message with the same key.
 
-export const blend = (share, from, to) => from.map((a, i) => Math.round(a + Math.min(Math.max(share, 0), 1) * (to[i] - a)));
-const STORY = { light: [0, 114, 178], dark: [86, 180, 233] }, WAITER = { light: [179, 74, 0], dark: [255, 154, 82] };
-const CURVES = [LOOKS[2], LOOKS[4]];           // not the colours of the two voices
 const SIGNS = { right: "✓", wrong: "✗", missing: "–", added: "✗" };
 
 export default { render({ model, el }) {
@@ -12,14 +9,12 @@ export default { render({ model, el }) {
   const recorded = (state) => state.line.length === 0 && data.prompts.find((each) => each.prompt === state.prompt);
   const key = (state) => JSON.stringify([state.prompt, state.line, at(state)]);
   const head = (state) => recorded(state) ? recorded(state).texts[at(state)] : state.written[key(state)];
-  const colour = (strength) => `rgb(${blend(strength, ...[STORY, WAITER].map((each) =>
-    each[page.root.classList.contains("dark") ? "dark" : "light"]))})`;
   const begin = (prompt) => page.set({ prompt, line: [], written: {} });
 
   const text = h("p", { class: "big", tabindex: 0, "aria-label": "what is written", style: "max-height: 15em; overflow-y: auto" });
   const slots = h("div", { class: "row", role: "group", "aria-label": "slots of the card" });
   const piece = (words, strength) => h("span", { title: `strength ${strength.toFixed(1)}`, style:
-    `color:${colour(strength)};text-decoration:underline ${(3 * strength).toFixed(1)}px;text-underline-offset:4px` }, words);
+    `color:${voice(page, strength)};text-decoration:underline ${(3 * strength).toFixed(1)}px;text-underline-offset:4px` }, words);
   const field = h("input", { type: "text", "aria-label": "a prompt of your own", placeholder: "a prompt of your own",
     onkeydown: (event) => { if (event.key === "Enter" && field.value.trim()) begin(field.value.trim()); } });
   const on = action("write on from here", () => {
@@ -32,33 +27,8 @@ export default { render({ model, el }) {
   page.block(text);
   page.block(slots);
 
-  const names = Object.keys(data.losses), all = Object.values(data.losses).flat();
-  const top = all.length ? Math.max(...all) * 1.08 : 1, [first, last] = [data.strengths[0], data.strengths.at(-1)];
-  const left = 46;
-  const panel = chart(page, { height: names.length ? 250 : 64, title: () => data.title,
-    keys: () => names.map((name, i) => [name, CURVES[i]]),
-    describe: (state) => `strength ${state.strength.toFixed(1)} of ${first} to ${last}` +
-      names.map((name) => `; ${name} ${data.losses[name][at(state)].toFixed(2)}`).join(""),
-    draw: (svg, width, height, state) => {
-      const plot = axes(svg, width, height, { x: [first, last], y: [0, top], left, yticks: names.length ? undefined : [],
-        xticks: data.strengths.filter((value) => Math.abs(value * 5 - Math.round(value * 5)) < 1e-6),
-        xlabel: "strength (0: off, 1: as trained)", ylabel: names.length ? "loss (nats per token)" : "" });
-      const { X, Y } = plot;
-      svg.append(s("line", { x1: X(1), x2: X(1), y1: plot.top, y2: plot.bottom, stroke: "var(--ink)", "stroke-dasharray": "4 3" }),
-        s("text", { x: X(1) - 5, y: plot.top - 8, "text-anchor": "end" }, "as trained"),
-        s("line", { x1: X(state.strength), x2: X(state.strength), y1: plot.top - 6, y2: plot.bottom, stroke: colour(state.strength), "stroke-width": 3 }));
-      names.forEach((name, i) => {
-        line(plot, data.strengths.map((strength, j) => [strength, data.losses[name][j]]), CURVES[i]);
-        svg.append(s("circle", { cx: X(state.strength), cy: Y(data.losses[name][at(state)]), r: 7, fill: "var(--ink)" }));
-      });
-    } });
-  const svg = panel.querySelector("svg[role=img]");
-  svg.style.cursor = "ew-resize";
-  draggable(svg, (event) => {
-    const strength = data.strengths[nearest(data.strengths, svg.value([first, last])(event.clientX))];
-    if (strength !== page.state.strength) page.set({ strength });
-  });
-  panel.append(h("div", { style: `padding: 0 4px 0 ${left - 8}px` }, slider(page, "strength", { label: "strength", bare: true,
+  const names = Object.keys(data.losses), panel = lossesByStrength(page, data, names.length ? 250 : 64);
+  panel.append(h("div", { style: `padding: 0 4px 0 ${AXIS - 8}px` }, slider(page, "strength", { label: "strength", bare: true,
     values: data.strengths, text: (value) => `strength ${value.toFixed(1)}`, wide: true })));
   page.panels(panel);
 

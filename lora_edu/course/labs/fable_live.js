@@ -1,7 +1,6 @@
 // fable itself in the page: it writes while the dial is turned, and every word keeps the colour of its strength. The
 // curves were measured beforehand; the two losses under them are measured here, on one card's sentence and one tale.
 
-const VOICES = { light: [[0, 114, 178], [179, 74, 0]], dark: [[86, 180, 233], [255, 154, 82]] };
 const TURN = 8;                                       // tokens between two breaths of the page
 
 // Binary data comes as an address (a web page) or as a DataView (a kernel).
@@ -22,10 +21,6 @@ const breath = () => new Promise((done) => requestAnimationFrame(() => done()));
 export default { render({ model, el }) {
   const data = model.get("data"), page = lab(model, el, data.title);
   let live = null, run = 0, pieces = [], speed = 0, losses = null, trouble = "", measuring = null;
-  const colour = (strength) => {
-    const [from, to] = VOICES[page.root.classList.contains("dark") ? "dark" : "light"], share = Math.min(Math.max(strength, 0), 1);
-    return `rgb(${from.map((a, i) => Math.round(a + share * (to[i] - a)))})`;
-  };
   const text = h("p", { class: "big", tabindex: 0, "aria-label": "what is written", style: "height: 10.5em; overflow-y: auto" });
   const field = h("input", { type: "text", "aria-label": "a beginning or a card of your own", placeholder: data.placeholder,
     onkeydown: (event) => { if (event.key === "Enter") begin(field.value); } });
@@ -37,25 +32,10 @@ export default { render({ model, el }) {
   action("stop", () => { run += 1; page.redraw(); }, { "data-act": "stop" }));
   page.add(slider(page, "strength", { label: "strength", values: data.strengths, text: (value) => `strength ${value.toFixed(1)}`, wide: true }));
   page.block(text);
-  const names = Object.keys(data.losses), top = 1.08 * Math.max(...Object.values(data.losses).flat());
-  const [first, last] = [data.strengths[0], data.strengths.at(-1)], left = 46;
-  const panel = chart(page, { height: 230, title: () => data.title, keys: () => names.map((name, i) => [name, LOOKS[2 + 2 * i]]),
-    describe: (state) => `strength ${state.strength.toFixed(1)}` + names.map((name) => `; ${name} ${data.losses[name][nearest(data.strengths, state.strength)].toFixed(2)}`).join(""),
-    draw: (svg, width, height, state) => {
-      const plot = axes(svg, width, height, { x: [first, last], y: [0, top], left, xlabel: "strength (0: off, 1: as trained)", ylabel: "loss (nats per token)" });
-      names.forEach((name, i) => {
-        line(plot, data.strengths.map((strength, j) => [strength, data.losses[name][j]]), LOOKS[2 + 2 * i]);
-        svg.append(s("circle", { cx: plot.X(state.strength), cy: plot.Y(data.losses[name][nearest(data.strengths, state.strength)]), r: 7, fill: "var(--ink)" }));
-      });
-      svg.append(s("line", { x1: plot.X(state.strength), x2: plot.X(state.strength), y1: plot.top, y2: plot.bottom, stroke: colour(state.strength), "stroke-width": 3 }));
-    } });
-  const svg = panel.querySelector("svg[role=img]");
-  svg.style.cursor = "ew-resize";
-  draggable(svg, (event) => page.set({ strength: data.strengths[nearest(data.strengths, svg.value([first, last])(event.clientX))] }));
-  page.panels(panel);
+  page.panels(lossesByStrength(page, data, 230));
 
   const show = () => { text.replaceChildren(h("span", { style: "color: var(--soft)" }, asked(page.state.prompt)),
-    ...pieces.map(([words, strength]) => h("span", { title: `strength ${strength.toFixed(1)}`, style: `color:${colour(strength)}` }, words)));
+    ...pieces.map(([words, strength]) => h("span", { title: `strength ${strength.toFixed(1)}`, style: `color:${voice(page, strength)}` }, words)));
     text.scrollTop = text.scrollHeight; };
   async function write() {
     const mine = ++run, ids = live && live.tokenizer.encode(asked(page.state.prompt)), random = randomFrom(1);

@@ -19,7 +19,8 @@ from lora_edu.course.page.show import picture_html
 HERE = Path(__file__).parent
 MOVE = "Run this cell to move it."
 KEEP = "application/vnd.lora-edu.lab+json"    # what the web page keeps of a lab, where this variable is set
-NEEDS = {"fable_live": ("fable_model",)}      # what stands between the helpers and a lab's own module
+# what stands between the helpers and a lab's own module
+NEEDS = {"alpha_dial": ("dial",), "fable_live": ("dial", "fable_model")}
 
 
 @functools.cache

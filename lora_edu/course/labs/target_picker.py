@@ -48,5 +48,5 @@ def in_words(data: dict, rank: int, chosen: list[str]) -> str:
 
 
 def picture(data: dict, rank: int) -> Figure:
-    bars = {name: 3 * (rank * side,) for name, side in data["sides"].items()}
+    bars = {name: rank * side for name, side in data["sides"].items()}
     return plot_bars(bars, data["title"], xlabel="parameters")

@@ -345,7 +345,7 @@ MATCHES = {"3.4": (nb03.check_mystery, {"P": "documentation", "Q": nb03.SENTENCE
                                        "R": "rate about right", "S": "rate too low"}),
            "4.4": (nb04.check_curves, {"A": "rank too small", "B": "rate too high", "C": "both factors zero",
                                        "D": "rate too low"}),
-           "7.2": (nb07.check_files, {"A": "right", "B": "wrong prefix", "C": "another base", "D": "never trained"}),
+           "7.2": (nb07.check_files, {"A": "right", "B": "wrong prefix", "C": "wrong layers", "D": "never trained"}),
            "9.3": (nb09.check_runs, {"A": "same rows", "B": "healthy", "C": "mean of means", "D": "not sent"}),
            "6.2": (nb06.check_merges, {"A": "transposed", "B": "right", "C": "merged twice", "D": "scaling forgotten"})}
 

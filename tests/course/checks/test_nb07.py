@@ -11,7 +11,7 @@ from lora_edu.lora.factors import lora_layers
 NOTEBOOK = Path(__file__).resolve().parents[3] / "notebooks" / "07_save_share_and_swap.ipynb"
 
 CAUSES = {"right": (56, lambda loss: loss < 0.2), "wrong prefix": (0, lambda loss: loss > 4),
-          "another base": (56, lambda loss: loss > 4), "never trained": (56, lambda loss: loss > 4)}
+          "wrong layers": (56, lambda loss: loss > 4), "never trained": (56, lambda loss: loss > 4)}
 
 
 def loader_of_the_notebook():
@@ -30,7 +30,7 @@ def test_the_four_files_do_what_their_causes_say():
         apply_lora(model, rank=6, alpha=12)
         assert load_what_fits(model, tensors) == placed
         loss, size = nb07.loss_and_size(model)
-        assert is_so(loss) and (size > 0) == (nb07.FILES[name] in ("right", "another base"))
+        assert is_so(loss) and (size > 0) == (nb07.FILES[name] in ("right", "wrong layers"))
 
 
 @pytest.mark.parametrize("answers, passed, words", [

@@ -18,7 +18,7 @@ def test_the_stored_cell_says_the_nearest_setting_in_words_and_a_picture():
     shown, _ = adapter_mixer(weights=(0.3, 0.2, 0.9))._repr_mimebundle_()
     assert shown["text/plain"].startswith("bistro 0.25, herald 0.25, apothecary 1; losses in nats per token: bistro ")
     assert "Once upon a time there was a king who" in shown["text/plain"]
-    assert '<img alt="Who speaks, and who is understood"' in shown["text/html"]
+    assert '<img alt="Losses of the mixture, and of fable alone"' in shown["text/html"]
 
 
 def test_one_weight_for_each():
