@@ -242,10 +242,10 @@ def bill(model: str | Sizes, method: str = "lora", rank: int = 8, targets="all-l
 
 def _share_out(parts: dict[str, float], sizes: Sizes, full: bool, byte: Recipe, strategy: str, processes: int) -> None:
     """One process's part of a bill. DDP keeps everything in each, and the gradients a second time, in the buckets that
-    it sends. FSDP2 keeps a share of each tensor; while it works there are, whole, what is outside the blocks and, in
-    the backward pass, twice a block (the one in use, and the next in the buffer it comes in) and twice a block's
-    gradients (the one's, and the last one's in the buffer it is sent from); a head that trains has its gradient whole
-    until the pass is done. So torch's own accounting has it; NCCL and gloo may copy once more.
+    it sends. FSDP2 keeps a share of each tensor (even here; of an A with fewer rows than there are processes some have
+    nothing). While it works there are, whole, what is outside the blocks and, in the backward pass, twice a block (in
+    use, and the next one's buffer) and twice a block's gradients (its own, and the last one's buffer); a head that
+    trains has its gradient whole until the end. So torch's own accounting has it; NCCL and gloo may copy once more.
     """
     if strategy == "ddp":
         parts["in transit"] = parts["gradients"]

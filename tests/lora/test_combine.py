@@ -1,4 +1,6 @@
 """Sums of adapters. Oracles: the dense matrices added in float64, and PEFT's add_weighted_adapter."""
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -42,6 +44,17 @@ def test_the_exact_sum_is_the_sum_of_the_dense_updates(weights, tmp_path):
     for name in {name for each in updates for name in each}:
         wanted = sum(w * each[name] for w, each in zip(weights, updates) if name in each)
         torch.testing.assert_close(found[name], wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("extra, named", [({}, True), ({"exclude_modules": ["k_proj"]}, False),
+                                          ({"layers_to_transform": [0, 1]}, False)])
+def test_targets_are_named_as_the_parts_name_them_where_all_do_so_plainly(extra, named, tmp_path):
+    folders, _ = saved(tmp_path, [KINDS[0], KINDS[0]])
+    file = folders[1] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | extra))
+    report = combine_adapters(folders, (1, 1), tmp_path / "sum")
+    targets = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(targets) == (["q_proj", "v_proj"] if named else sorted(report.ranks))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])

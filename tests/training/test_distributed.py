@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPModMemStats
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lora_edu.lora.factors import lora_parameters
 from lora_edu.lora.adapter_file import load_adapter, save_adapter
@@ -162,9 +160,12 @@ def test_what_is_held_is_what_the_bill_says(name, recipe, several):
 
 
 def sharded_step(model, processes):
-    """(the most bytes in transit, of which the gradients of what is outside the blocks) in an FSDP2 step of a process
-    of so many, by torch's own accounting. The others are played: nothing is sent, and what comes is held all the same.
+    """(the most bytes in transit, and what comes and goes beside them at that moment) in an FSDP2 step of a process of
+    so many, by torch's own accounting. The others are played: nothing is sent, and what comes is held all the same.
     """
+    # torch's own tools, which may move in another version: no other test shall fall with them
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPModMemStats
+    from torch.testing._internal.distributed.fake_pg import FakeStore
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         model = distributed.spread(model, "fsdp", Group(0, processes), torch.device("cpu"))
@@ -191,8 +192,9 @@ def test_what_fsdp_has_in_transit_is_what_the_bill_says(name, recipe, processes)
     most, other = sharded_step(model, processes)
     said = bill(Sizes("llama", 300, 128, 344, 4, 4, 4, 64, 32), method, rank=4, recipe=recipe, length=8,
                 strategy="fsdp", processes=processes).parts["in transit"]
-    head = 4 * 300 * 128 if method == "full" else 0          # its gradient: counted with what comes and goes
-    assert most + head == said and other >= head
+    head = 4 * 300 * 128 if method == "full" else 0          # its gradient: torch has it in what comes and goes
+    assert most + head == said
+    assert head <= other < head + 0.01 * said                # beside it gradients of activations, of eight tokens
 
 
 @pytest.mark.full
