@@ -294,6 +294,8 @@ def test(more):
     if "--quick" not in more:
         say("every test, and each cell of the notebooks once: about ten minutes on two cores, with a rising per cent. "
             "--quick takes two.")
+    if status := run([str(env_python()), "-m", "ruff", "check", "--no-cache", str(HERE)], child_env()):
+        return status       # a second, before the minutes
     workers = max(1, min(os.cpu_count() or 1, 4))
     # a notebook's cells stay together, and the files keep the order of conftest.py
     command += ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]

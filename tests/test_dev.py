@@ -259,9 +259,20 @@ def test_a_whole_run_is_shared_by_workers_of_one_thread(course, monkeypatch, opt
     monkeypatch.setattr(dev, "colab", lambda more: 0)
     monkeypatch.setattr(dev.os, "cpu_count", lambda: 2)
     assert dev.main(["test", *options]) == 0
-    (command, env), = seen
+    (lint, _), (command, env) = seen
+    assert lint[1:] == ["-m", "ruff", "check", "--no-cache", str(course.path)], "a second, before the minutes"
     assert command[-5:] == ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"] and env["OMP_NUM_THREADS"] == "1"
     assert ("--nbval" in command) == notebooks and set(options) < set(command)
+
+
+@pytest.mark.parametrize("options", [[], ["--quick"], ["--full"], ["-k", "rank"]])
+def test_a_whole_run_ends_where_ruff_has_something_to_say(course, monkeypatch, options):
+    seen = []
+    monkeypatch.setattr(dev, "set_up", lambda: None)
+    monkeypatch.setattr(dev, "run", lambda command, env: seen.append(command) or 1)
+    assert dev.main(["test", *options]) == 1
+    (command,) = seen
+    assert ("ruff" in command) == ("-k" not in options)
 
 
 @pytest.fixture

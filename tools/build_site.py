@@ -117,15 +117,15 @@ def claims_page() -> str:
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ORDER}
     open_ones = sum(row["check"] == "None" for row in rows)
     lines = ["# What the course claims", "",
-             f"{len(rows)} sentences of the notebooks: {counts['differs here']} in which a published number or sentence "
-             f"did not come out here, {counts['undecided']} undecided ({open_ones} of them say what no measurement here "
-             f"could settle), {counts['holds']} that hold. The last column is the check, as the cell has it: if it comes "
-             "out otherwise when the notebook runs, the verdict changes. Thresholds were set with room for another "
-             "machine; the numbers themselves are in the notebooks.", "",
-             "Unless a sentence says otherwise, the model is fable (3.7 million numbers), the task its restaurants (cards "
-             "made by a small grammar; a card has slots, and its sentence should say each), the machine two cores of a "
-             "CPU, and loss is in nats per token. *The article* is a widely read introduction to LoRA, whose sentences "
-             "are all at the end.", ""]
+             f"{len(rows)} sentences of the notebooks: {counts['differs here']} in which a published number or "
+             f"sentence did not come out here, {counts['undecided']} undecided ({open_ones} of them say what no "
+             f"measurement here could settle), {counts['holds']} that hold. The last column is the check, as the cell "
+             "has it: if it comes out otherwise when the notebook runs, the verdict changes. Thresholds were set with "
+             "room for another machine; the numbers themselves are in the notebooks.", "",
+             "Unless a sentence says otherwise, the model is fable (3.7 million numbers), the task its restaurants "
+             "(cards made by a small grammar; a card has slots, and its sentence should say each), the machine two "
+             "cores of a CPU, and loss is in nats per token. *The article* is a widely read introduction to LoRA, "
+             "whose sentences are all at the end.", ""]
     for verdict in ORDER:
         lines += [f"## {verdict.capitalize()}", "", '<div class="claims-wide"><table class="claims"><thead><tr>'
                   "<th>sentence</th><th>source</th><th>where</th><th>holds if</th></tr></thead><tbody>"]
@@ -135,8 +135,8 @@ def claims_page() -> str:
                          f'<td><a href="notebooks/{row["page"]}.html#{row["anchor"]}">{row["page"][:2]}</a></td>'
                          f"<td><code>{html.escape(row['check'])}</code></td></tr>")
         lines += ["</tbody></table></div>", ""]
-    lines += ["## The article, sentence by sentence", "", '<div class="claims-wide"><table class="claims"><thead><tr><th>it says</th>'
-              "<th>verdict</th><th>how</th><th>where</th></tr></thead><tbody>"]
+    lines += ["## The article, sentence by sentence", "", '<div class="claims-wide"><table class="claims"><thead><tr>'
+              "<th>it says</th><th>verdict</th><th>how</th><th>where</th></tr></thead><tbody>"]
     first = sorted(article_rows(), key=lambda row: str(row["verdict"]).startswith("holds"))
     for row in first:
         where = row.get("notebook") or ""

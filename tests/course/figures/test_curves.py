@@ -49,7 +49,8 @@ def test_a_figure_has_a_title_and_labelled_axes_with_units(draw):
 
 
 def test_a_bar_has_a_whisker_where_it_has_an_interval():
-    ax = curves.plot_bars({"counted": 3, "one run": (2, 2, 2), "seeds": (4, 3, 6)}, title="Two of them are sure").axes[0]
+    bars = {"counted": 3, "one run": (2, 2, 2), "seeds": (4, 3, 6)}
+    ax = curves.plot_bars(bars, title="Two of them are sure").axes[0]
     (whiskers,) = [found for found in ax.collections if hasattr(found, "get_segments")]
     drawn = [segment for segment in whiskers.get_segments() if np.isfinite(segment).all() and len(segment)]
     assert [segment.tolist() for segment in drawn] == [[[3, 2], [6, 2]]]
