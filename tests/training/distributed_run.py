@@ -1,16 +1,22 @@
-"""What the processes of test_distributed.py do: torchrun starts this file; rank 0 writes what came out as JSON.
+"""What the processes of test_distributed.py do: four, then two, then one; rank 0 writes what came out to {n}.json.
 
-    torchrun --standalone --nproc-per-node 2 tests/training/distributed_run.py OUT.json CHECKPOINTS
+    python tests/training/distributed_run.py FOLDER
+
+They are forked, with the environment that torchrun would give them: what they import takes longer than what they do.
 """
 import contextlib
 import itertools
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo        # DDP and FSDP2 import it when they are first used, and forked it is there
 import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.profiler import ProfilerActivity, profile
 
 from lora_edu.lora.adapter_file import save_adapter
@@ -18,7 +24,7 @@ from lora_edu.lora.inject import apply_lora, unfreeze_matrices
 from lora_edu.models.llama import Llama, LlamaConfig
 from lora_edu.models.quantize import quantize_
 from lora_edu.training.distributed import gathered, held, spread, start
-from lora_edu.training.group import Group
+from lora_edu.training.group import STRATEGIES, Group
 from lora_edu.training.loop import adamw, loss_on, train
 from lora_edu.training.restart import load_checkpoint, save_checkpoint
 from lora_edu.training.traffic import Traffic
@@ -151,8 +157,13 @@ def memory(method, strategy, dtype, group, device):
                                      "most": max(itertools.accumulate(sizes))}
 
 
-def main():
-    out, folder = map(Path, sys.argv[1:])
+def process(rank, processes, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    all_runs(folder / f"{processes}.json", folder / "checkpoints")
+
+
+def all_runs(out, folder):
     group, device = start("cpu")
     said = {"losses": {}, "bytes": {}, "memory": {}, "processes": group.size}
     for strategy, other in (("ddp", "fsdp"), ("fsdp", "ddp")):
@@ -183,6 +194,17 @@ def main():
         out.write_text(json.dumps(said))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def main():
+    folder = Path(sys.argv[1])
+    for processes in (4, 2, 1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start_processes(process, (processes, port, folder), processes, start_method="fork")   # raises what they raise
+        for strategy in STRATEGIES:                     # the next goes on from step 10 of this one
+            (folder / "checkpoints" / strategy / "latest").write_text("10\n")
 
 
 if __name__ == "__main__":
