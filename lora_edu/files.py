@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import socket
@@ -82,7 +81,9 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata; raises ValueError as `read_tensor` does."""
+    """All tensors of a safetensors file, and its metadata; raises ValueError as `tensor_headers` does."""
+    if file.suffix in OTHERS:
+        raise other_format(file)
     with _opened(file) as f:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
 
@@ -117,7 +118,7 @@ def read_pickled(file: Path, lists: bool = False) -> dict[str, torch.Tensor]:
         raise other_format(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, KeyError) as error:
+    except Exception as error:                   # what a damaged pickle raises is any of a dozen kinds
         raise ValueError(f"{file} is damaged, or a pickle that holds more than plain tensors and could run code, so it "
                          "is not read: convert it to safetensors where you trust it "
                          f"({type(error).__name__}).") from None
@@ -126,11 +127,18 @@ def read_pickled(file: Path, lists: bool = False) -> dict[str, torch.Tensor]:
         loaded = inner if isinstance(inner, Mapping) else loaded
     if lists and isinstance(loaded, (list, tuple)):
         loaded = {str(i): t for i, t in enumerate(loaded)}
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+    if not isinstance(loaded, Mapping) or not loaded or not all(map(_plain, loaded.items())):
         held = f"a {type(loaded).__name__}" + (f" of {', '.join(map(repr, list(loaded)[:4]))}"
                                                if isinstance(loaded, Mapping) else "")
         raise ValueError(f"{file} holds {held}, not tensors by name: save model.state_dict() instead.")
     return dict(loaded)
+
+
+def _plain(named) -> bool:
+    """A tensor of plain numbers under a name: not sparse, not in another library's codes, not without values."""
+    name, tensor = named
+    return isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not (
+        tensor.is_quantized or tensor.is_meta)
 
 
 def other_format(file: Path) -> ValueError:

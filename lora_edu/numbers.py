@@ -26,9 +26,9 @@ def real(value) -> int | float | None:
         return None
     try:
         number = float(value) if whole(value) is None else whole(value)
-    except (TypeError, ValueError, RuntimeError):          # an array of several
+        return number if math.isfinite(number) else None
+    except (TypeError, ValueError, RuntimeError, OverflowError):      # an array of several; a whole number past float's
         return None
-    return number if math.isfinite(number) else None
 
 
 def bytes_in_words(count: float) -> str:

@@ -124,8 +124,9 @@ def claims_page() -> str:
              "room for another machine; the numbers themselves are in the notebooks.", "",
              "Unless a sentence says otherwise, the model is fable (3.7 million numbers), the task its restaurants "
              "(cards made by a small grammar; a card has slots, and its sentence should say each), the machine two "
-             "cores of a CPU, and loss is in nats per token. *The article* is a widely read introduction to LoRA, "
-             "whose sentences are all at the end.", ""]
+             "cores of a CPU, and loss is in nats per token. *Full fine-tuning* trains the matrices that LoRA adapts, "
+             "whole; in a memory bill, and where a sentence says so, everything. *The article* is a widely read "
+             "introduction to LoRA, whose sentences are all at the end.", ""]
     for verdict in ORDER:
         lines += [f"## {verdict.capitalize()}", "", '<div class="claims-wide"><table class="claims"><thead><tr>'
                   "<th>sentence</th><th>source</th><th>where</th><th>holds if</th></tr></thead><tbody>"]

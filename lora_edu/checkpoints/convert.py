@@ -23,6 +23,7 @@ from lora_edu.files import PICKLED, check_new_folder, read_pickled, read_tensors
 from lora_edu.lora.adapter_config import patterns
 from lora_edu.lora.adapter_file import adapter_config, target_modules, write_adapter
 from lora_edu.lora.fingerprint import fingerprint_of
+from lora_edu.lora.layer import FLOATS
 from lora_edu.lora.targets import ends_in, shorten
 from lora_edu.numbers import low_to_high, real
 from lora_edu.tables import ShowsTables, Table
@@ -90,6 +91,8 @@ def convert_adapter(file: str | Path, base: nn.Module | str | Path, out: str | P
     """
     out, file = Path(out), Path(file)
     check_new_folder(out)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder: give the file of tensors in it.")
     if alpha is not None and real(alpha) is None:
         raise ValueError(f"alpha={alpha!r} is no finite number: choose one such as 16.")
     tensors = read_pickled(file, lists=True) if file.suffix in PICKLED else read_tensors(file)[0]
@@ -130,7 +133,10 @@ def _grouped(file: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict
             continue
         match, whose, factor, turned = hit
         module = re.sub(r"(^|\.)processor\.", r"\1", name[:match.start()])
-        grouped.setdefault(module, {})[factor] = tensor.T if turned else tensor
+        if factor in grouped.setdefault(module, {}):
+            raise ValueError(f"{file} holds more than one {factor} for {module}: are there several adapters in it? "
+                             "Keep one of them.")
+        grouped[module][factor] = tensor.T if turned else tensor
         layouts[whose] = True
     if strange:
         raise ValueError(f"{file}: {len(strange)} of {len(tensors)} tensors are no factor of a LoRA by their names "
@@ -156,13 +162,13 @@ def _placed(file: Path, theirs: list[str], ours: list[str], source: str) -> dict
                 for name, text in flat.items()}
         found.append({name: hit[0] for name, hit in hits.items() if hit and len(hit) == 1})
     best = max(found, key=len)
-    whole = [hits for hits in found if len(hits) == len(theirs)]
+    whole = [hits for hits in found if len(set(hits.values())) == len(theirs)]
     if len(whole) == 1:
         return whole[0]
     if whole:
         raise ValueError(f"{file}: {theirs[0]!r} may be {' or '.join(hits[theirs[0]] for hits in whole)} in {source}: "
                          "rename the file's tensors as the base calls them.")
-    lost = [name for name in theirs if name not in best]
+    lost = [name for name in theirs if name not in best or [*best.values()].count(best[name]) > 1]
     raise ValueError(f"{file}: {len(lost)} of {len(theirs)} pairs of factors find no place in {source}: "
                      f"{shorten(lost, 4)}. Its layers are called {shorten(ours, 3)}. Is it the right base?")
 
@@ -189,7 +195,13 @@ def _pair(file: Path, name: str, found: Mapping[str, torch.Tensor], shape: tuple
         raise ValueError(f"{file}: the factors of {name} are {_size(A)} and {_size(B)}, and beside its weight "
                          f"{' x '.join(map(str, shape))} they are (rank, {_size(shape[1:])}) and ({shape[0]}, rank)."
                          + fused)
-    own = float(found["alpha"].reshape(-1)[0]) if "alpha" in found else None
+    own = real(found["alpha"]) if "alpha" in found else None
+    if "alpha" in found and own is None:
+        raise ValueError(f"{file}: the alpha of {name} is no finite number: mend the file.")
+    if strange := [t.dtype for t in (A, B) if not t.is_floating_point()]:
+        raise ValueError(f"{file}: the factors of {name} are {strange[0]} numbers, and no floating ones: this adapter "
+                         "is broken, or in codes that are not known here.")
+    A, B = (t if t.dtype in FLOATS else t.float() for t in (A, B))
     if own is None and alpha is None:
         raise ValueError(f"{file} says no alpha for {name}, and without one the update's size is not known: give "
                          f"alpha= (loralib's layers have 1 where nothing was said; {rank} makes the scaling 1).")

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from lora_edu.files import read_json, write_whole
-from lora_edu.lora.adapter_config import for_layer
-from lora_edu.lora.adapter_file import read_adapter
+from lora_edu.lora.adapter_file import pairs_of, read_adapter
 from lora_edu.lora.settings import scaling_of
 from lora_edu.lora.targets import shorten
+from lora_edu.numbers import whole
 
 
 def adapter_to_gguf(folder: str | Path, base: str | Path, file: str | Path) -> int:
@@ -29,7 +29,7 @@ def adapter_to_gguf(folder: str | Path, base: str | Path, file: str | Path) -> i
 
     Raises (then nothing is written):
         FileNotFoundError, ValueError: as `load_adapter`; a base of another architecture; a tensor that has no name in
-            GGUF.
+            GGUF, or is of another size than this base's.
         RuntimeError: the package gguf is not installed (the extra `hub`).
 
     >>> import tempfile
@@ -45,35 +45,44 @@ def adapter_to_gguf(folder: str | Path, base: str | Path, file: str | Path) -> i
     if said.get("model_type") != "llama":
         raise ValueError(f"{base} is a {said.get('model_type')!r}, and only the names and the order of rows of a LLaMA "
                          "are known here: use llama.cpp's convert_lora_to_gguf.py.")
-    heads = {"q_proj": said["num_attention_heads"],
-             "k_proj": said.get("num_key_value_heads") or said["num_attention_heads"]}
+    layers, heads, shapes = _sizes(base, said)
     config, stored, _ = read_adapter(Path(folder))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, said["num_hidden_layers"])
-    modules = [key.removesuffix(".lora_A.weight") for key in stored if key.endswith(".lora_A.weight")]
-    lost = [name for name in modules if names.get_name(name) is None]
-    lost += [name for name in stored if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if lost or not modules:
-        raise ValueError(f"{folder}: {shorten(lost, 3) or 'nothing'} has no place in a GGUF adapter of a LLaMA with "
-                         f"{said['num_hidden_layers']} layers: export the merged model instead.")
-    scaled = {name: _alpha(config, name) for name in modules}
-    alpha = scaled[modules[0]] or 1.0
+    pairs = pairs_of(Path(folder), config, stored)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    lost = [name for name, (_, A, B) in pairs.items() if names.get_name(name) is None
+            or shapes.get(name.rpartition(".")[2]) != (len(B), A.shape[1])]
+    if lost:
+        raise ValueError(f"{folder}: {shorten(lost, 3)} has no place of its size in a GGUF adapter of a LLaMA "
+                         f"with {layers} layers of width {shapes['q_proj'][1]}: is this its base? Else export the "
+                         "merged model instead.")
+    # the alpha that a reader divides by the rank: it knows no rsLoRA, and no alpha of a layer's own
+    scaled = {name: scaling_of(len(A), each["alpha"], each["rslora"]) * len(A) for name, (each, A, _) in pairs.items()}
+    alpha = next(iter(scaled.values())) or 1.0
     writer = gguf.GGUFWriter(None, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name in modules:
-        A, B = (stored[f"{name}.lora_{end}.weight"].float() for end in "AB")
-        B = _reordered(B * (scaled[name] / alpha), heads.get(name.rpartition(".")[2]))
-        for end, factor in (("a", A), ("b", B)):
+    for name, (_, A, B) in pairs.items():
+        B = _reordered(B.float() * (scaled[name] / alpha), heads.get(name.rpartition(".")[2]))
+        for end, factor in (("a", A.float()), ("b", B)):
             writer.add_tensor(f"{names.get_name(name)}.weight.lora_{end}", factor.contiguous().numpy())
     write_whole(Path(file), lambda part: _write(writer, part))
-    return len(modules)
+    return len(pairs)
 
 
-def _alpha(config: dict, name: str) -> float:
-    """The alpha that a reader divides by the rank: it knows no rsLoRA, and no alpha of a layer's own."""
-    each = for_layer(config, name)
-    return scaling_of(each["rank"], each["alpha"], each["rslora"]) * each["rank"]
+def _sizes(base: str | Path, said: dict) -> tuple[int, dict[str, int], dict[str, tuple[int, int]]]:
+    """Layers; heads of q and of k; (out, in) of each matrix of a layer: what a LLaMA's config says of them."""
+    keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    layers, C, F, heads = (whole(said.get(key)) or 0 for key in keys)
+    kv_heads = whole(said.get("num_key_value_heads") or heads) or 0
+    size = whole(said.get("head_dim") or C // max(heads, 1)) or 0
+    if min(layers, C, F, heads, kv_heads, size) < 1:
+        raise ValueError(f"the config of {base} does not say its sizes in whole numbers ({', '.join(keys)}): it is not "
+                         "the whole config of a LLaMA.")
+    q, kv = heads * size, kv_heads * size
+    return layers, {"q_proj": heads, "k_proj": kv_heads}, {
+        "q_proj": (q, C), "k_proj": (kv, C), "v_proj": (kv, C), "o_proj": (C, q), "gate_proj": (F, C),
+        "up_proj": (F, C), "down_proj": (C, F)}
 
 
 def _reordered(B: torch.Tensor, heads: int | None) -> torch.Tensor:

@@ -31,19 +31,23 @@ def _indices(value) -> bool:
     return value is None or all(whole(n) is not None and n >= 0 for n in several)
 
 
-def _pattern(read):
-    return lambda value: isinstance(value, dict) and all(read(v) is not None and read(v) >= 0 for v in value.values())
+def _rank(value) -> bool:
+    return whole(value) is not None and 0 < value < 2**31
+
+
+def _pattern(fits):
+    return lambda value: isinstance(value, dict) and all(fits(v) for v in value.values())
 
 
 # key -> (what it is where it is left out, does a value fit, what fits)
 READ = {
-    "r": (8, lambda v: whole(v) is not None and v > 0, "a whole number from 1"),
+    "r": (8, _rank, "a whole number from 1"),
     "lora_alpha": (8, lambda v: real(v) is not None, "a finite number"),
     "use_rslora": (False, lambda v: isinstance(v, bool), "true or false"),
     "lora_dropout": (0.0, lambda v: real(v) is not None and 0 <= v < 1, "a share, 0 or more and under 1"),
     "target_modules": (None, lambda v: isinstance(v, str) or (_texts(v) and v), "names of layers, or one expression"),
-    "rank_pattern": ({}, lambda v: _pattern(whole)(v) and all(v.values()), "ranks by the names of layers"),
-    "alpha_pattern": ({}, _pattern(real), "alphas by the names of layers"),
+    "rank_pattern": ({}, _pattern(_rank), "ranks by the names of layers"),
+    "alpha_pattern": ({}, _pattern(lambda v: real(v) is not None), "alphas by the names of layers"),
     "modules_to_save": ([], _texts, "names of modules"),
     "ensure_weight_tying": (False, lambda v: isinstance(v, bool), "true or false"),
     "exclude_modules": (None, _text_or_texts, "names of layers, or one expression"),

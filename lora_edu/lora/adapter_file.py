@@ -21,11 +21,12 @@ from lora_edu.lora.factors import copy_all, lora_layers, lora_state_dict, refuse
 from lora_edu.lora.fingerprint import BASE, differs, fingerprint
 from lora_edu.lora.inject import LoRAReport, all_or_nothing, check_layers, wrap_layers
 from lora_edu.lora.layer import FLOATS, features, is_linear, is_plain_conv
-from lora_edu.lora.misfit import explain_misfit
+from lora_edu.lora.misfit import all_finite, explain_misfit
 from lora_edu.lora.targets import ends_in, find_targets, plain_name, shorten, tied_parameters, unwrap, unwrap_to_train
 from lora_edu.lora.training_state import write_training
 
 PREFIX, TENSORS, OLD_TENSORS = "base_model.model.", "adapter_model.safetensors", "adapter_model.bin"
+EMBEDDINGS = ("embed_tokens", "lm_head")            # the names by which PEFT knows an embedding and its head
 
 
 def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32,
@@ -65,15 +66,14 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
                          "torch.float16.")
     if (optimizer is None) != (step is None):
         raise ValueError(f"step={step}, and {'no ' * (optimizer is None)}optimizer: give both, to go on training "
-                         "later, "
-                         "or neither.")
+                         "later, or neither.")
     model = unwrap(model)
     layers = {plain_name(name): layer for name, layer in some_lora_layers(model)}
     modules = [plain_name(name) for name, _ in model.named_modules() if ".base_layer" not in name]
-    beside = _trained_beside(model)
+    beside, entries = _trained_beside(model)
     generates = hasattr(model, "prepare_inputs_for_generation") or hasattr(model, "new_cache")
     config = adapter_config(base_name, target_modules(list(layers), modules)) | config_of(layers) | {
-        "task_type": "CAUSAL_LM" if generates else None, "modules_to_save": list(beside) or None}
+        "task_type": "CAUSAL_LM" if generates else None, "modules_to_save": entries or None}
     tied = tied_parameters(model)
     if any(f"{name}.{end}" in tied for name, state in beside.items() for end in state):
         config["ensure_weight_tying"] = True            # trained as one: without this PEFT would part the two
@@ -83,22 +83,37 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     if optimizer is not None:           # first: were it cut off between the two, the training would be the newer one
         check_finite(tensors)
         write_training(model, Path(folder), optimizer, step)
-    return write_adapter(folder, tensors, config, fingerprint(model))
+    return write_adapter(folder, tensors, config, fingerprint(model, without=tensors))
 
 
-def _trained_beside(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """What trains and is no factor: name of each module that holds such a parameter itself -> its whole state."""
+def _trained_beside(model: nn.Module) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
+    """What trains and is no factor, or came with an adapter: name of each module that holds such a parameter itself ->
+    its whole state; and the entries of modules_to_save. An entry chooses every module whose name ends so, "norm" an
+    "input_norm" as well: what it chooses beside is written, too, as it is.
+    """
     adapted = [name for name, _ in lora_layers(model)]
     found = {}                                  # of tied ones both: PEFT looks for both in the file
     for name, module in model.named_modules():
-        if name in adapted or not any(p.requires_grad for p in module.parameters(recurse=False)):
+        if name in adapted or not (getattr(module, "comes_with_adapter", False)
+                                   or any(p.requires_grad for p in module.parameters(recurse=False))):
             continue
         if name.endswith(".base_layer") or name == "base_layer" or any(a.startswith(name + ".") or not name
                                                                        for a in adapted):
             raise ValueError(f"{name or 'the model'} has numbers that train beside the factors, and PEFT's format has "
                              "no place for both: freeze them (requires_grad_(False)), or save the whole model.")
-        found[plain_name(name)] = {end: t.detach() for end, t in module.state_dict().items()}
-    return found
+        found[plain_name(name)] = _state(module)
+    entries = list(found)
+    chosen = {plain_name(name): module for name, module in model.named_modules() if plain_name(name).endswith(
+        tuple(entries)) and plain_name(name) not in found} if entries else {}
+    both = [name for name in chosen if any(f"{plain_name(a)}.".startswith(f"{name}.") for a in adapted)]
+    if both:
+        raise ValueError(f"{shorten(entries, 2)} trains whole, and PEFT finds whole modules by how their names end: "
+                         f"{shorten(both, 2)} ends so and has factors. Give the module a name of its own.")
+    return found | {name: _state(module) for name, module in chosen.items()}, entries
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {end: tensor.detach() for end, tensor in module.state_dict().items()}
 
 
 def adapter_config(base_name: str | None, targets: list[str] | str) -> dict:
@@ -119,6 +134,8 @@ def write_adapter(folder: str | Path, tensors: Mapping[str, torch.Tensor], confi
     """
     check_finite(tensors)
     folder, stored = Path(folder), {f"{PREFIX}{name}": t.contiguous().clone() for name, t in tensors.items()}
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file, and an adapter is a folder: choose another name.")
     text, metadata = json.dumps(config, indent=2) + "\n", {"format": "pt"} | ({BASE: base} if base else {})
     write_together({folder / TENSORS: lambda part: save_file(stored, part, metadata=metadata),
                     folder / CONFIG: lambda part: part.write_text(text, encoding="utf-8")})
@@ -131,7 +148,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     if empty:
         raise ValueError(f"{shorten(empty, 3)} have no values (they are on the meta device), so nothing is written: "
                          "load the whole model to one device first.")
-    broken = [name for name, t in tensors.items() if not t.isfinite().all()]
+    broken = [name for name, t in tensors.items() if not all_finite(t)]
     if broken:
         raise ValueError(f"{shorten(broken, 3)} hold numbers that are not finite, so nothing is written: go back to "
                          "the last good step, or save in float32 or bfloat16 if they are too large for float16.")
@@ -153,7 +170,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     """Give a plain model the adapter of a folder, in place or not at all; the model is in eval mode then, as PEFT's.
 
     Modules that were saved whole (`modules_to_save`: a head that was trained) replace the model's own numbers, also
-    after `remove_lora`.
+    after `remove_lora`. They train, as the factors do, and are written again by `save_adapter`.
 
     Args:
         any_base: load it on a model that is not the one it was made for, too.
@@ -178,9 +195,16 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     check_layers(model, list(found.settings))
     with all_or_nothing(model):
         wrap_layers(model, {name: (linears[name], each | {"any_rank": True}) for name, each in found.settings.items()})
-        factors = {f"{name}.weight": t for name, t in lora_state_dict(model).items()}
-        copy_all(found.stored, factors | found.heads)
         _untie(model, found)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if plain_name(name) in found.trained:
+                parameter.requires_grad_(True)
+        factors = {f"{name}.weight": t for name, t in lora_state_dict(model).items()}
+        copy_all(found.stored, factors | found.heads)               # last: stopped on the way, it puts all back
+    for name, module in model.named_modules():
+        if not name.endswith("base_layer") and any(f"{plain_name(name)}.{end}" in found.heads
+                                                   for end, _ in module.named_parameters(recurse=False)):
+            module.comes_with_adapter = True                        # so that it is written again with it
     model.eval()
     plain = [name for name, layer in linears.items() if name not in found.settings and is_linear(layer)]
     return LoRAReport.of(model, plain, note=" ".join(found.notes))
@@ -188,8 +212,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
 
 class Fitted(NamedTuple):
     """An adapter's file that fits a model: settings of each target (rank, alpha, dropout, rslora), the tensors by name,
-    the model's own tensors that whole modules replace, what is to be said of it, and which of those tensors were tied
-    and get a place of their own.
+    the model's own tensors that whole modules replace, what is to be said of it, which of those tensors were tied and
+    get a place of their own, and which the config names, as trained.
     """
 
     settings: dict[str, dict]
@@ -197,6 +221,7 @@ class Fitted(NamedTuple):
     heads: dict[str, torch.Tensor]
     notes: list[str]
     alone: list[str]
+    trained: list[str]
 
 
 def fit_adapter(model: nn.Module, linears: Mapping[str, nn.Module], folder: Path, any_base: bool = False) -> Fitted:
@@ -211,8 +236,12 @@ def fit_adapter(model: nn.Module, linears: Mapping[str, nn.Module], folder: Path
         raise ValueError(f"{folder / CONFIG}: an entry of exclude_modules, modules_to_save or layers_pattern is no "
                          f"regular expression ({error}).") from None
     settings = {name: for_layer(config, plain_name(name)) for name in targets}
-    heads = _modules_to_save(model, config["modules_to_save"]) | _embeddings(model, stored)
-    alone = [] if config["ensure_weight_tying"] else [name for name in heads if name in tied_parameters(model)]
+    saved, tied = _modules_to_save(model, config["modules_to_save"], stored), tied_parameters(model)
+    # PEFT keeps together what is asked for by these names alone
+    together = config["ensure_weight_tying"] and any(entry.rpartition(".")[2] in EMBEDDINGS
+                                                     for entry in config["modules_to_save"])
+    alone = [] if together else [name for name in saved if name in tied]
+    heads = saved | _embeddings(model, stored)
     heads |= {name: heads[name].clone() for name in alone}          # its own from here on, as in PEFT
     wrong = explain_misfit(stored, _places(linears, settings) | heads)
     if wrong:
@@ -225,7 +254,7 @@ def fit_adapter(model: nn.Module, linears: Mapping[str, nn.Module], folder: Path
     above = [name for name, each in settings.items() if each["rank"] > min(features(linears[name]))]
     notes += [f"The rank is above the smaller side of {shorten(above, 3)}."] if above else []
     notes += [f"{shorten(alone, 2)} was tied to another weight and is its own now, as in PEFT."] if alone else []
-    return Fitted(settings, stored, heads, notes, alone)
+    return Fitted(settings, stored, heads, notes, alone, list(saved))
 
 
 def _untie(model: nn.Module, found: Fitted) -> None:
@@ -241,30 +270,59 @@ def _embeddings(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[st
     own = {plain_name(name): p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     found = {name: name.replace(".base_layer.", ".") for name in stored if ".lora_" not in name}
     return {name: own[plain] for name, plain in found.items()
-            if plain in own and plain.rpartition(".")[0].rpartition(".")[2] in ("embed_tokens", "lm_head")}
+            if plain in own and plain.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS}
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str | None]:
     """The config, the tensors by their names in the model, and the base's fingerprint, of an adapter on disk; all that
     can be told from the files alone is checked.
     """
-    file = next((folder / name for name in (TENSORS, OLD_TENSORS) if (folder / name).is_file()), folder / TENSORS)
-    for part in (folder / CONFIG, file):
-        if not part.is_file():
-            inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
-            raise FileNotFoundError(f"{folder} has no {part.name}: give the folder of a LoRA adapter in PEFT's format"
-                                    + (f". Its folders {shorten(inside, 4)} are such." if inside else "."))
+    file = tensor_file(folder)
     config = read_config(folder)
-    found, metadata = (read_pickled(file), {}) if file.name == OLD_TENSORS else read_tensors(file)
+    found, metadata = stored_tensors(file)
     stored = plain_tensors(file, found)
     strange = [name for name, t in stored.items() if ".lora_" in name and not t.is_floating_point()]
-    broken = [name for name, t in stored.items() if t.is_floating_point() and not t.float().isfinite().all()]
+    broken = [name for name, t in stored.items() if not all_finite(t)]
     if strange or broken:
         raise ValueError(f"{file}: {shorten(strange or broken, 3)} hold "
                          + (f"{stored[strange[0]].dtype} numbers and no floating ones" if strange
                             else "numbers that are not finite")
                          + ": this adapter is broken, take an earlier checkpoint.")
     return config, stored, metadata.get(BASE)
+
+
+def tensor_file(folder: Path) -> Path:
+    """Where an adapter's tensors lie; raises FileNotFoundError where one of its two files is missing."""
+    file = next((folder / name for name in (TENSORS, OLD_TENSORS) if (folder / name).is_file()), folder / TENSORS)
+    for part in (folder / CONFIG, file):
+        if not part.is_file():
+            inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+            raise FileNotFoundError(f"{folder} has no {part.name}: give the folder of a LoRA adapter in PEFT's format"
+                                    + (f". Its folders {shorten(inside, 4)} are such." if inside else "."))
+    return file
+
+
+def stored_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """As they lie in the file, and its metadata."""
+    return (read_pickled(file), {}) if file.name == OLD_TENSORS else read_tensors(file)
+
+
+def pairs_of(folder: Path, config: Mapping, stored: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+    """Module -> (its settings, A (rank, in), B (out, rank)) of an adapter of plain linear layers; raises ValueError for
+    anything else that lies in it, and for factors that do not fit each other.
+    """
+    modules = [key.removesuffix(".lora_A.weight") for key in stored if key.endswith(".lora_A.weight")]
+    found = {name: (for_layer(config, name), *(stored.get(f"{name}.lora_{end}.weight") for end in "AB"))
+             for name in modules}
+    others = stored.keys() - {f"{name}.lora_{end}.weight" for name in modules for end in "AB"}
+    if others or not modules or any(t.ndim > 2 for t in stored.values()):
+        raise ValueError(f"{folder} brings {shorten(sorted(others or stored), 2)}, and only updates of linear layers, "
+                         "each a lora_A and a lora_B, are read for this.")
+    for name, (each, A, B) in found.items():
+        if B is None or A.ndim != 2 or B.ndim != 2 or not len(A) == B.shape[1] == each["rank"]:
+            raise ValueError(f"{folder}: the factors of {name} do not fit each other, or the config's rank "
+                             f"{each['rank']}: fetch the adapter again.")
+    return found
 
 
 def plain_tensors(file: Path, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -292,14 +350,19 @@ def _places(linears: Mapping[str, nn.Module], settings: Mapping[str, dict]) -> d
     return places
 
 
-def _modules_to_save(model: nn.Module, entries: list[str]) -> dict[str, torch.Tensor]:
-    """The model's own tensors that the file's whole modules replace: name -> tensor."""
+def _modules_to_save(model: nn.Module, entries: list[str], stored: Mapping[str, torch.Tensor]
+                     ) -> dict[str, torch.Tensor]:
+    """The model's own tensors that the file's whole modules replace: name -> tensor. As in PEFT an entry is the ending
+    of a name, of a part of it too, and one that finds nothing is passed over: PEFT writes "classifier" and "score" for
+    every classifier.
+    """
     heads = {}
     for entry in entries:
-        modules = {name: module for name, module in model.named_modules() if ends_in(name, entry)}
-        if not modules:
+        modules = {name: module for name, module in model.named_modules(remove_duplicate=False)
+                   if name and plain_name(name).endswith(entry)}
+        if not modules and any(f".{entry}." in f".{name}" for name in stored):
             raise ValueError(f"the config saves a module {entry!r} whole, and this {type(model).__name__} has none: "
                              "build the model with that head first.")
-        heads |= {f"{plain_name(name)}.{end}": t.detach() for name, module in modules.items()
-                  for end, t in module.state_dict().items()}
+        heads |= {f"{plain_name(name)}.{end}": t for name, module in modules.items()
+                  for end, t in _state(module).items()}
     return heads

@@ -7,6 +7,7 @@ by its singular values, it is the nearest there is (Eckart and Young 1936), and 
 Source: PEFT 0.21, `add_weighted_adapter`, whose "cat" and "svd" these are; its "linear" adds the factors.
 """
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 import torch
 
 from lora_edu.files import check_new_folder, read_json
-from lora_edu.lora.adapter_config import CONFIG, for_layer, patterns
-from lora_edu.lora.adapter_file import adapter_config, read_adapter, write_adapter
+from lora_edu.lora.adapter_config import CONFIG, patterns
+from lora_edu.lora.adapter_file import adapter_config, pairs_of, read_adapter, write_adapter
+from lora_edu.lora.fingerprint import same_base
 from lora_edu.lora.settings import scaling_of
 from lora_edu.lora.targets import shorten
 from lora_edu.numbers import real, whole
@@ -58,7 +60,7 @@ def combine_adapters(folders: Sequence[str | Path], weights: Sequence[float], ou
     Raises (then nothing is written):
         FileExistsError: `out` is a file, or a folder with something in it.
         ValueError: not one weight for each of at least one folder, a rank that is none, adapters of different bases, or
-            one that brings whole modules, which do not add.
+            one that brings more than updates of linear layers: whole modules do not add.
 
     >>> import tempfile
     >>> from lora_edu.models.pretrained import BISTRO_ADAPTER
@@ -72,7 +74,7 @@ def combine_adapters(folders: Sequence[str | Path], weights: Sequence[float], ou
         raise ValueError(f"{len(folders)} folders and the weights {weights}: give one finite number for each adapter.")
     if rank is not None and (whole(rank) is None or rank < 1):
         raise ValueError(f"rank={rank!r} is no rank: choose a whole number from 1, or None for the exact sum.")
-    factors, bases = _weighted(folders, weights)
+    factors, base = _weighted(folders, weights)
     tensors, ranks, lost, squares = {}, {}, {}, {}
     for name, (A, B) in factors.items():
         squares[name], lost[name] = ((B.T @ B).double() * (A @ A.T)).sum().item(), 0.0
@@ -84,34 +86,26 @@ def combine_adapters(folders: Sequence[str | Path], weights: Sequence[float], ou
     own = patterns(ranks, usual)
     config = _shared(folders, list(ranks)) | {"r": usual, "lora_alpha": usual, "lora_dropout": 0.0,
                                               "rank_pattern": own, "alpha_pattern": own}
-    size = write_adapter(out, tensors, config, bases[0] if bases else None)
+    size = write_adapter(out, tensors, config, base)
     all_squares = sum(squares.values())
     total = math.sqrt(sum(lost[name]**2 * squares[name] for name in lost) / (all_squares or 1))
     return CombineReport(ranks, lost, total, size, out)
 
 
-def _weighted(folders: Sequence[str | Path], weights: list[float]) -> tuple[dict, list[str]]:
+def _weighted(folders: Sequence[str | Path], weights: list[float]) -> tuple[dict, str | None]:
     """Module -> the factors of the exact sum, A (sum of ranks, in) and B (out, sum of ranks) with scalings and weights
-    in it; and the fingerprints of the bases.
+    in it; and the fingerprint of the base, if every part has one.
     """
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    bases: list[str] = []
+    bases: list[str | None] = []
     for folder, weight in zip(map(Path, folders), weights):
         config, stored, base = read_adapter(folder)
-        beside = [name for name in stored if ".lora_" not in name]
-        if beside or any(t.ndim > 2 for t in stored.values()):
-            raise ValueError(f"{folder} brings {'whole modules' if beside else 'convolutions'} "
-                             f"({shorten(beside or list(stored), 2)}), and only updates of linear layers are added "
-                             "here.")
-        bases += [base] if base else []
-        for name in [key.removesuffix(".lora_A.weight") for key in stored if key.endswith(".lora_A.weight")]:
-            each, A, B = for_layer(config, name), *(stored.get(f"{name}.lora_{end}.weight") for end in "AB")
-            if B is None or len(A) != each["rank"] or B.shape[1] != each["rank"]:
-                raise ValueError(f"{folder}: the factors of {name} do not fit each other, or the config's rank "
-                                 f"{each['rank']}: fetch the adapter again.")
+        bases.append(base)
+        for name, (each, A, B) in pairs_of(folder, config, stored).items():
             scale = weight * scaling_of(each["rank"], each["alpha"], each["rslora"])
             parts.setdefault(name, []).append((A.float(), scale * B.float()))
-    if len(set(bases)) > 1:
+    known = [base for base in bases if base]
+    if any(not same_base(known[0], other) for other in known[1:]):
         raise ValueError(f"{', '.join(map(str, folders))} were made for different bases, and a sum of their updates "
                          "means nothing on either.")
     odd = [name for name, pairs in parts.items() if len({(A.shape[1], len(B)) for A, B in pairs}) > 1]
@@ -119,18 +113,18 @@ def _weighted(folders: Sequence[str | Path], weights: list[float]) -> tuple[dict
         raise ValueError(f"the factors of {shorten(odd, 2)} are of different widths in {', '.join(map(str, folders))}: "
                          "were they made for different bases?")
     return {name: (torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1))
-            for name, pairs in parts.items()}, bases
+            for name, pairs in parts.items()}, bases[0] if len(known) == len(bases) else None
 
 
 def _shared(folders: Sequence[str | Path], modules: list[str]) -> dict:
     """The config of the sum, as far as those of its parts tell it."""
     configs = [read_json(Path(folder) / CONFIG, "an adapter_config.json") for folder in folders]
-    # the names that they all gave, where that is all they said of their targets: a server reads those best
+    # the names that they gave, where that is all they said of their targets: a server reads those best
     named = all(isinstance(each["target_modules"], list) and not each.get("exclude_modules")
-                and not each.get("layers_to_transform") for each in configs)
-    targets = {tuple(sorted(each["target_modules"])) for each in configs} if named else set()
-    return adapter_config(configs[0].get("base_model_name_or_path"),
-                          list(targets.pop()) if len(targets) == 1 else modules) | {
+                and not each.get("layers_to_transform") and not each.get("modules_to_save") for each in configs)
+    targets = (sorted({name for each in configs for name in each["target_modules"]}) if named
+               else "|".join(map(re.escape, modules)))          # a full name may be the ending of another
+    return adapter_config(configs[0].get("base_model_name_or_path"), targets) | {
         "fan_in_fan_out": any(each.get("fan_in_fan_out") for each in configs)}
 
 

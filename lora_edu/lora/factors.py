@@ -89,14 +89,19 @@ def load_lora_state_dict(model: nn.Module, tensors: Mapping[str, torch.Tensor]) 
     >>> model[0].lora_B.any().item()
     False
     """
-    merged = [name for name, layer in some_lora_layers(model) if layer.merged]
-    if merged:
-        raise RuntimeError(f"merged: {shorten(merged)}. Call unmerge_lora(model), then load.")
+    refuse_merged(model)
     places = lora_state_dict(model)
     wrong = misfit(tensors, places)
     if wrong:
         raise ValueError(f"these are not the factors of this model: {wrong}.")
     copy_all(tensors, places)
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Raise RuntimeError for a merged model: what is loaded into its factors would not count."""
+    merged = [name for name, layer in some_lora_layers(model) if layer.merged]
+    if merged:
+        raise RuntimeError(f"merged: {shorten(merged)}. Call unmerge_lora(model), then load.")
 
 
 @torch.no_grad()

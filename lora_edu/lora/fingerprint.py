@@ -5,7 +5,7 @@ say; numbers can. They are rounded to bfloat16 and compared with room for one ro
 in 16 bits; they come from embeddings, norms and biases, so that its matrices may be quantised.
 """
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -19,10 +19,12 @@ ROUNDING = 2**-7                            # twice what bfloat16 moves a number
 SMALLEST = 2**-23
 
 
-def fingerprint(model: nn.Module) -> str | None:
-    """JSON: name of a tensor -> its shape and some of its values. None for a model in which nothing stays."""
+def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str | None:
+    """JSON: name of a tensor -> its shape and some of its values. None for a model in which nothing stays; `without`:
+    names of tensors that are the adapter's.
+    """
     untouched = next((group for group in _parameters(model) if group), {})
-    return fingerprint_of({name: p for name, p in untouched.items() if not p.requires_grad})
+    return fingerprint_of({name: p for name, p in untouched.items() if not p.requires_grad and name not in without})
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -44,6 +46,14 @@ def differs(said: str, model: nn.Module) -> str | None:
         if not torch.allclose(own, there, rtol=ROUNDING, atol=SMALLEST):
             return f"{name} holds other numbers here"
     return None
+
+
+def same_base(one: str, other: str) -> bool:
+    """Do two fingerprints agree in what both of them hold? There must be something that both hold."""
+    (left, right), close = map(_read, (one, other)), dict(rtol=ROUNDING, atol=SMALLEST)
+    both = [(left[name], right[name]) for name in left if name in right]
+    return bool(both) and all(a[0] == b[0] and torch.allclose(*map(torch.tensor, (a[1], b[1])), **close)
+                              for a, b in both)
 
 
 def _read(said: str) -> dict:

@@ -160,9 +160,11 @@ def wrap_layers(model: nn.Module, layers: Mapping[str, tuple[nn.Module, dict]]) 
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Whoever raises inside, Ctrl-C too, finds the model as it was: its modules, their hooks, and what trains."""
-    modules = [(module, dict(module._modules), {name: vars(module)[name] for name in HOOKS})
-               for module in model.modules()]
+    """Whoever raises inside, Ctrl-C too, finds the model as it was: its modules and parameters, their hooks, and what
+    trains.
+    """
+    modules = [(module, dict(module._modules), {name: vars(module)[name] for name in HOOKS}
+                | {"_parameters": dict(module._parameters)}) for module in model.modules()]
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

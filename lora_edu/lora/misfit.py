@@ -22,11 +22,17 @@ def misfit(tensors: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tenso
     missing, extra = [n for n in places if n not in tensors], [n for n in tensors if n not in places]
     both = [n for n in places if n in tensors]
     shapes = [n for n in both if tensors[n].shape != places[n].shape]
-    strange = [n for n in both if not tensors[n].is_floating_point() or not tensors[n].isfinite().all()]
+    strange = [n for n in both if places[n].is_floating_point() and not tensors[n].is_floating_point()
+               or not all_finite(tensors[n])]
     said = [f"{len(names)} tensors {what} (first: {names[0]})" for names, what in
             ((missing, "are missing"), (extra, "have no place"), (shapes, "have another shape"),
              (strange, "hold numbers that are not finite, or no floating numbers")) if names]
     return "; ".join(said)
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Also of numbers of eight bits, which torch cannot ask."""
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def explain_misfit(stored: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> str:

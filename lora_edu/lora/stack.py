@@ -84,7 +84,8 @@ class LoRAStack:
     Shapes: ids (rows, T) -> logits (rows, T, vocab), rows a multiple of G, or as many as `rows` names.
 
     Raises:
-        ValueError: as `apply_lora`, with the number of the adapter in front; a model that has LoRA or a stack already.
+        ValueError: as `apply_lora`, with the number of the adapter in front; a model that has LoRA or a stack already,
+            or that reads the sequence before the rows.
 
     Source: Chen et al. (2023), "Punica", arXiv:2310.18547, for a batch whose rows use different adapters.
 
@@ -134,10 +135,15 @@ class LoRAStack:
         stack._build(model, [_as_settings(one) for one in found], plans)
         for i, one in enumerate(found):
             stack._put(i, one)
+        model.eval()                            # as after load_adapter
         return stack
 
     def _build(self, model: nn.Module, adapters: Sequence[LoRASettings], plans: list[dict[str, tuple[int, float]]]):
         """Put the stack in place; plans: of each adapter, name of a layer -> rank and scaling there."""
+        if turned := [name for name, part in model.named_modules() if getattr(part, "batch_first", True) is False]:
+            raise ValueError(f"{shorten(turned, 1)} reads the sequence first (batch_first=False), and a stack takes "
+                             "the first axis for its rows: build the model with batch_first=True, or put one adapter "
+                             "alone on it.")
         self.model, self.adapters, self.routing = model, list(adapters), {"index": None}
         self.layers: dict[str, StackedLinear] = {}
         with all_or_nothing(model):
@@ -165,8 +171,7 @@ class LoRAStack:
         if outside:
             most = max(each["rank"] for each in found.settings.values())
             raise ValueError(f"adapter {i}: the stack has no room for {shorten(outside, 2)} at rank {most}: make it "
-                             "with "
-                             "an adapter of this rank on these layers.")
+                             "with an adapter of this rank on these layers.")
         self.adapters[i] = _as_settings(found)
         self._put(i, found)
 
@@ -253,13 +258,20 @@ class LoRAStack:
 def _fitted(i: int, model: nn.Module, linears: dict, folder: str | Path, any_base: bool) -> Fitted:
     try:
         found = fit_adapter(model, linears, Path(folder), any_base)
+        _refuse_silent(model, list(found.settings))
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"adapter {i}: {error}") from None
     if found.heads:
         raise ValueError(f"adapter {i}: {folder} replaces whole modules ({shorten(list(found.heads), 2)}), and all "
-                         "rows "
-                         "share them: load it alone, with load_adapter.")
+                         "rows share them: load it alone, with load_adapter.")
     return found
+
+
+def _refuse_silent(model: nn.Module, names: list[str]) -> None:
+    readers = weight_readers(model)
+    if silent := [name for name in names if name in readers]:
+        raise ValueError(f"the layer around {shorten(silent)} reads the weight and may go past the stack: leave it out "
+                         "of target_modules, or put one adapter alone on the model.")
 
 
 def _scaling(settings: dict) -> float:
@@ -278,18 +290,15 @@ def targets_of(model: nn.Module, adapters: Sequence[LoRASettings]) -> list[list[
     """
     if not adapters:
         raise ValueError("no adapters: give a list with at least one LoRASettings(rank=…, alpha=…).")
-    targets, readers = [], weight_readers(model)
+    targets = []
     for i, adapter in enumerate(adapters):
         try:
             if real(adapter.lr) is None:
                 raise ValueError(f"lr={adapter.lr!r} is not finite, or no number: choose one such as 0.01.")
             if whole(adapter.seed) is None:
                 raise ValueError(f"seed={adapter.seed!r} is no whole number: choose one such as 0.")
-            chosen = list(choose_layers(model, adapter.target_modules, adapter.rank, adapter.alpha))
-            if silent := [name for name in chosen if name in readers]:
-                raise ValueError(f"the layer around {shorten(silent)} reads the weight and may go past the stack: "
-                                 "leave it out of target_modules, or use apply_lora.")
-            targets.append(chosen)
+            targets.append(list(choose_layers(model, adapter.target_modules, adapter.rank, adapter.alpha)))
+            _refuse_silent(model, targets[-1])
         except ValueError as error:
             raise ValueError(f"adapter {i}: {error}") from None
     return targets

@@ -13,7 +13,8 @@ from safetensors.torch import save
 from torch import nn
 
 from lora_edu.files import read_tensors, write_whole
-from lora_edu.lora.factors import some_lora_layers
+from lora_edu.lora.factors import copy_all, refuse_merged, some_lora_layers
+from lora_edu.lora.fingerprint import differs, fingerprint
 from lora_edu.lora.misfit import misfit
 from lora_edu.lora.targets import plain_name, shorten, unwrap
 from lora_edu.numbers import whole
@@ -26,7 +27,7 @@ def write_training(model: nn.Module, folder: Path, optimizer: torch.optim.Optimi
     if whole(step) is None or step < 0:
         raise ValueError(f"step={step!r} is no number of steps: give how many were made, such as Step.step.")
     names, numbers = _names(model, optimizer), {}
-    tensors = {f"parameter {name}": p.detach() for p, name in names.items()}
+    tensors = {f"parameter {name}": t.detach() for name, t in _moving(model, names).items()}
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
@@ -38,7 +39,7 @@ def write_training(model: nn.Module, folder: Path, optimizer: torch.optim.Optimi
         "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
     try:
         said = json.dumps({"step": whole(step), "optimizer": type(optimizer).__name__, "groups": groups,
-                           "numbers": numbers, "scalings": _scalings(model)})
+                           "numbers": numbers, "scalings": _scalings(model), "base": fingerprint(model)})
     except TypeError as error:
         raise ValueError(f"the state of {type(optimizer).__name__} does not go into JSON ({error}): save it with "
                          "torch.save, and the adapter without optimizer=.") from None
@@ -55,7 +56,8 @@ def load_training(model: nn.Module, folder: str | Path, optimizer: torch.optim.O
 
     Raises (then nothing has been changed):
         FileNotFoundError: there is no such file in the folder.
-        ValueError: the file is damaged, or belongs to a model, scalings or an optimizer that are not these.
+        ValueError: the file is damaged, or belongs to a model, a base, scalings or an optimizer that are not these.
+        RuntimeError: the model is merged, and its merged weights would not follow.
 
     >>> import itertools, tempfile
     >>> from lora_edu import apply_lora, save_adapter
@@ -70,17 +72,19 @@ def load_training(model: nn.Module, folder: str | Path, optimizer: torch.optim.O
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {TRAINING}: give a folder that save_adapter(…, optimizer=…, step=…) "
                                 "wrote.")
+    refuse_merged(model)
     tensors, metadata = read_tensors(file)
-    said = _read(file, metadata)
+    random = _part(tensors, "random")
+    said = _read(file, metadata, random)
     names = _names(model, optimizer)
     other = _difference(said, model, optimizer, names)
-    parameters = {name: p for p, name in names.items()}
-    wrong = other or misfit(_part(tensors, "parameter"), parameters)
+    moving, values, numbers = _moving(model, names), _part(tensors, "parameter"), _part(tensors, "optimizer")
+    wrong = other or misfit(values, moving) or misfit(numbers, numbers)
     if wrong:
         raise ValueError(f"{file} is of another training: {wrong}. Make the model and the optimizer as they were made "
                          "then.")
-    state = {name: dict(said["numbers"].get(name, {})) for name in parameters}
-    for key, value in _part(tensors, "optimizer").items():
+    state = {name: dict(said["numbers"].get(name, {})) for name in names.values()}
+    for key, value in numbers.items():
         name, _, entry = key.rpartition(" ")
         state.setdefault(name, {})[entry] = value
     order = [name for group in said["groups"] for name in group["params"]]
@@ -88,12 +92,9 @@ def load_training(model: nn.Module, folder: str | Path, optimizer: torch.optim.O
     for group in said["groups"]:
         groups.append(group | {"params": list(range(at, at + len(group["params"])))})
         at += len(group["params"])
-    random = _part(tensors, "random")
     optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order) if state[name]},
                                "param_groups": groups})
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(tensors[f"parameter {name}"])
+    copy_all(values, moving)
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
@@ -115,6 +116,13 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Parame
     return {p: own[id(p)] for p in held}
 
 
+def _moving(model: nn.Module, names: Mapping[nn.Parameter, str]) -> dict[str, torch.Tensor]:
+    """What a step changes, by name: what the optimizer holds, and the running means of batch norms that train along."""
+    return {name: p for p, name in names.items()} | {
+        f"{plain_name(name)}.{end}": tensor for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) for end, tensor in module.named_buffers(recurse=False)}
+
+
 def _scalings(model: nn.Module) -> dict[str, float]:
     return {plain_name(name): layer.scaling for name, layer in some_lora_layers(model)}
 
@@ -124,24 +132,36 @@ def _random_states(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     return states | ({"cuda": torch.cuda.get_rng_state(parameter.device)} if parameter.is_cuda else {})
 
 
-def _read(file: Path, metadata: Mapping[str, str]) -> dict:
+def _read(file: Path, metadata: Mapping[str, str], random: Mapping[str, torch.Tensor]) -> dict:
     try:
-        said = json.loads(metadata[STATE])
-        return {key: said[key] for key in ("step", "optimizer", "groups", "numbers", "scalings")}
+        said = {"base": None} | json.loads(metadata[STATE])
+        state, own = random["cpu"], torch.get_rng_state()
+        whole_file = (whole(said["step"]) is not None and said["step"] >= 0 and state.shape == own.shape
+                      and state.dtype == own.dtype and isinstance(said["optimizer"], str)
+                      and all(isinstance(group["params"], list) for group in said["groups"])
+                      and all(isinstance(said[key], dict) for key in ("numbers", "scalings")))
     except (KeyError, TypeError, ValueError):
+        whole_file = False
+    if not whole_file:
         raise ValueError(f"{file} does not say where a training stood: give the file that save_adapter(…, optimizer=…, "
-                         "step=…) wrote.") from None
+                         "step=…) wrote.")
+    return said
 
 
 def _difference(said: dict, model: nn.Module, optimizer: torch.optim.Optimizer, names: dict) -> str:
     """What tells the training in a file from this one, in words; empty where nothing does."""
     if said["optimizer"] != type(optimizer).__name__:
         return f"its optimizer was {said['optimizer']}, and this one is {type(optimizer).__name__}"
+    other = said["base"] and differs(said["base"], model)
+    if other:
+        return f"it was made on another base ({other})"
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     theirs = [group["params"] for group in said["groups"]]
     if groups != theirs:
         odd = sorted(set(sum(groups, [])) ^ set(sum(theirs, [])))
         return f"{shorten(odd, 2)} train in one of them alone" if odd else "the optimizer's groups have another order"
+    if odd := [name for one, own in zip(said["groups"], optimizer.param_groups) for name in one.keys() ^ own.keys()]:
+        return f"its optimizer's groups differ in {shorten(sorted(set(odd)), 3)}"
     scalings = _scalings(model)
     odd = [name for name, scaling in scalings.items() if said["scalings"].get(name) != scaling]
     return f"the scaling of {shorten(odd, 2)} is another" if odd or len(scalings) != len(said["scalings"]) else ""

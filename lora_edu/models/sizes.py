@@ -48,6 +48,8 @@ class Sizes:
             value = whole(getattr(self, name))
             if value is None or value < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: a size is a whole number, 1 or more.")
+            if value > 2**40:
+                raise ValueError(f"{name} is above 2**40: no model has that many.")
             object.__setattr__(self, name, value)
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly.")
@@ -149,6 +151,8 @@ def _share(hidden: int, heads: int) -> int:
 def _stored(config: dict) -> str | None:
     """The recipe of a checkpoint's own quantisation; what is not known here has to be said, as `recipe`."""
     said = config.get("quantization_config") or {}
+    if not isinstance(said, dict):
+        raise ValueError(f"quantization_config={said!r}: a config.json has names and values there.")
     if said.get("load_in_4bit"):
         return "nf4-double" if said.get("bnb_4bit_use_double_quant") else "nf4"
     return f"{said.get('quant_method') or 'unknown'} quantisation" if said else None

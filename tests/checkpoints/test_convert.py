@@ -212,3 +212,56 @@ def test_the_command_line(tmp_path, capsys):
     assert load_adapter(model, tmp_path / "peft").scaling == 20
     with pytest.raises(ValueError, match="does not fit|matches no"):
         load_adapter(our_llama(), tmp_path / "peft")
+
+
+@pytest.mark.parametrize("twice", [
+    lambda name, A, B: {f"{name}.lora_{end}.{which}.weight": t.clone() for end, t in (("A", A), ("B", B))
+                        for which in ("default", "other")},
+    lambda name, A, B: {f"{name}.lora_A": A, f"{name}.lora_A.weight": A.clone(), f"{name}.lora_B": B}])
+def test_two_adapters_in_one_file_are_refused(twice, tmp_path):
+    tensors = {}
+    for name, (A, B) in factors().items():
+        tensors |= twice(name, A, B)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="holds more than one A for .*: are there several adapters in it"):
+        convert_adapter(tmp_path / "lora.safetensors", hf_llama(), tmp_path / "peft", alpha=4)
+    assert not (tmp_path / "peft").exists()
+
+
+def test_two_names_for_one_module_are_refused(tmp_path):
+    base = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(6, 4)}), "c": nn.Linear(6, 4)})
+    save_file({f"{name}.lora_{end}": torch.ones(shape) for name in ("a.b", "a_b")
+               for end, shape in (("A", (1, 6)), ("B", (4, 1)))}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="2 of 2 pairs of factors find no place"):
+        convert_adapter(tmp_path / "lora.safetensors", base, tmp_path / "peft", alpha=4)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(alpha=torch.tensor(torch.nan)), "is no finite number"), (dict(alpha=torch.empty(0)), "is no finite number"),
+    (dict(alpha=torch.tensor([1.0, 2.0])), "is no finite number"),
+    (dict(lora_A=torch.ones(2, 16, dtype=torch.int8)), "torch.int8 numbers, and no floating ones"),
+    (dict(lora_B=torch.ones(16, 2, dtype=torch.complex64)), "torch.complex64 numbers, and no floating ones")])
+def test_what_could_not_be_loaded_is_not_written(change, message, tmp_path):
+    name = "model.layers.0.self_attn.q_proj"
+    pair = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(16, 2)} | change
+    torch.save({f"{name}.{end}": t for end, t in pair.items()}, tmp_path / "lora.bin")
+    with pytest.raises(ValueError, match=message):
+        convert_adapter(tmp_path / "lora.bin", hf_llama(), tmp_path / "peft", alpha=None if "alpha" in change else 2)
+    assert not (tmp_path / "peft").exists()
+
+
+def test_factors_in_eight_bits_become_floats(tmp_path):
+    name, A = "model.layers.0.self_attn.q_proj", torch.randn(2, 16).to(torch.float8_e4m3fn)
+    save_file({f"{name}.lora_A": A, f"{name}.lora_B": torch.ones(16, 2)}, tmp_path / "lora.safetensors")
+    convert_adapter(tmp_path / "lora.safetensors", hf_llama(), tmp_path / "peft", alpha=2)
+    model = hf_llama()
+    load_adapter(model, tmp_path / "peft")
+    assert torch.equal(model.get_submodule(name).lora_A, A.float())
+
+
+def test_a_folder_in_place_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: give the file of tensors in it"):
+        convert_adapter(tmp_path, hf_llama(), tmp_path / "peft", alpha=2)
+    (tmp_path / "adapters.npz").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is a NumPy file"):
+        convert_adapter(tmp_path / "adapters.npz", hf_llama(), tmp_path / "peft", alpha=2)

@@ -5,13 +5,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_edu import apply_lora, cli, load_adapter, load_pretrained, save_adapter
 from lora_edu.checkpoints.gguf_file import adapter_to_gguf
 from lora_edu.lora.factors import lora_layers
 from lora_edu.models.pretrained import BISTRO_ADAPTER, FABLE
 from tests.lora.tiny import our_llama, shake
+
+
+TINY = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
+        "hidden_size": 16, "intermediate_size": 24}                # of our_llama
 
 
 def read(file):
@@ -59,8 +63,7 @@ def test_one_alpha_for_the_file_and_still_every_scaling(rslora, tmp_path):
     layers["model.layers.1.mlp.up_proj"].set_strength(0.3)
     shake(model)
     save_adapter(model, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}))
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
     adapter_to_gguf(tmp_path, tmp_path, tmp_path / "a.gguf")
     reader, tensors = read(tmp_path / "a.gguf")
     alpha = reader.fields["adapter.lora.alpha"].contents()
@@ -75,13 +78,16 @@ def test_what_has_no_place_is_refused_and_nothing_is_written(tmp_path):
     apply_lora(model, ["q_proj"], rank=2)
     model.lm_head.requires_grad_(True)
     save_adapter(model, tmp_path / "head")
-    (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "llama", "num_attention_heads": 2, "num_hidden_layers": 2}))
-    for folder, config, message in ((tmp_path / "head", {}, "lm_head.weight has no place"),
-                                    (BISTRO_ADAPTER, {}, "layers.2.* has no place"),
-                                    (BISTRO_ADAPTER, {"model_type": "qwen2"}, "is a 'qwen2'")):
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    fable = json.loads((FABLE / "config.json").read_text())
+    for folder, config, message in ((tmp_path / "head", TINY, "brings lm_head.weight, and only updates"),
+                                    (BISTRO_ADAPTER, fable | {"num_hidden_layers": 2}, "layers.2.* has no place"),
+                                    (BISTRO_ADAPTER, fable | {"num_attention_heads": 4}, "has no place of its size"),
+                                    (BISTRO_ADAPTER, TINY, "has no place of its size"),
+                                    (BISTRO_ADAPTER, fable | {"num_attention_heads": None}, "does not say its sizes"),
+                                    (BISTRO_ADAPTER, fable | {"num_hidden_layers": "4"}, "does not say its sizes"),
+                                    (BISTRO_ADAPTER, {"model_type": "llama"}, "does not say its sizes"),
+                                    (BISTRO_ADAPTER, TINY | {"model_type": "qwen2"}, "is a 'qwen2'")):
+        (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=message):
             adapter_to_gguf(folder, tmp_path, tmp_path / "a.gguf")
     assert not list(tmp_path.glob("a.gguf*"))
@@ -140,3 +146,18 @@ def test_llama_cpp_says_what_we_say(tmp_path):
         with torch.no_grad():
             ours = model(torch.tensor([ids]))[0]
         torch.testing.assert_close(torch.from_numpy(np.array(there.scores[:len(ids)])), ours, atol=5e-3, rtol=0)
+
+
+def test_an_adapter_whose_ranks_are_not_its_configs_is_refused(tmp_path):
+    stored = load_file(BISTRO_ADAPTER / "adapter_model.safetensors")
+    config = json.loads((BISTRO_ADAPTER / "adapter_config.json").read_text())
+    first = next(name for name in stored if "lora_A" in name)
+    for i, (change, settings) in enumerate([({}, {"r": 3}), ({first: None}, {}), ({first: stored[first][:0]}, {})]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        save_file({name: t for name, t in (stored | change).items() if t is not None},
+                  folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+        with pytest.raises(ValueError, match="do not fit each other, or the config's rank|only updates of linear"):
+            adapter_to_gguf(folder, FABLE, tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()

@@ -1,6 +1,8 @@
 """open_side: every sort of source gives the same tensors, and what is broken, or could run code, is refused."""
+import contextlib
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_edu.checkpoints.reading import open_side
+from lora_edu.files import read_pickled
 from tests.lora.tiny import gpt2, our_llama
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16),
@@ -140,3 +143,23 @@ def test_a_folder_without_weights_and_a_broken_config(tmp_path):
 def test_a_model_on_the_meta_device_has_no_values():
     with pytest.raises(ValueError, match="weight of Linear has no values"):
         open_side(nn.Linear(2, 3, device="meta")).get("weight")
+
+
+@pytest.mark.parametrize("tensors", [
+    {3: torch.ones(2)}, {"a": torch.ones(2, 2).to_sparse()}, {"a": torch.ones(2, device="meta")},
+    {"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}])
+def test_tensors_that_are_not_plain_or_have_no_name(tensors, tmp_path):
+    torch.save(tensors, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match=r"x\.bin"):
+        open_side(tmp_path / "x.bin")
+
+
+def test_an_old_pickle_that_is_cut_or_spoiled_anywhere(tmp_path):
+    torch.save({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "x.bin").read_bytes()
+    bodies = [whole[:at] for at in range(len(whole))]
+    bodies += [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1:] for at in range(0, len(whole), 3)]
+    for body in bodies:
+        (tmp_path / "x.bin").write_bytes(body)
+        with contextlib.suppress(ValueError), warnings.catch_warnings(action="ignore"):
+            read_pickled(tmp_path / "x.bin")

@@ -1,10 +1,13 @@
 """Sums of adapters. Oracles: the dense matrices added in float64, and PEFT's add_weighted_adapter."""
+import copy
 import json
+import re
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_edu import apply_lora, load_adapter, save_adapter
 from lora_edu.lora.combine import combine_adapters
@@ -54,7 +57,7 @@ def test_targets_are_named_as_the_parts_name_them_where_all_do_so_plainly(extra,
     file.write_text(json.dumps(json.loads(file.read_text()) | extra))
     report = combine_adapters(folders, (1, 1), tmp_path / "sum")
     targets = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["target_modules"]
-    assert sorted(targets) == (["q_proj", "v_proj"] if named else sorted(report.ranks))
+    assert targets == (["q_proj", "v_proj"] if named else "|".join(map(re.escape, report.ranks)))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -131,7 +134,7 @@ def test_what_does_not_add_is_refused(tmp_path):
     apply_lora(headed, ["q_proj"], rank=2)
     headed.lm_head.requires_grad_(True)
     save_adapter(headed, tmp_path / "headed")
-    refused(tmp_path, [tmp_path / "headed"], [1], "brings whole modules")
+    refused(tmp_path, [tmp_path / "headed"], [1], "brings lm_head.weight, and only updates of linear")
     with pytest.raises(FileExistsError, match="no empty folder"):
         combine_adapters(folders, [1, 1, 1], folders[0])
 
@@ -145,3 +148,60 @@ def test_taken_away_from_itself_nothing_is_left(tmp_path):
     torch.testing.assert_close(logits(model), base, atol=1e-5, rtol=1e-5)
     combine_adapters([folders[0]] * 2, [1, -1], tmp_path / "cut", rank=2)
     assert all(t.isfinite().all() for t in load_file(tmp_path / "cut" / "adapter_model.safetensors").values())
+
+
+def test_more_than_factors_of_linear_layers_is_refused(tmp_path):
+    """PEFT's LoRA on an embedding, a factor without its other, a bias of the factors: left out, the sum would be less
+    than was said.
+    """
+    torch.manual_seed(0)
+    theirs = get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn", "wte"]))
+    theirs.save_pretrained(tmp_path / "embedding")
+    refused(tmp_path, [tmp_path / "embedding"], [1], "wte.lora_embedding_A.* only updates of linear layers")
+    folders, _ = saved(tmp_path)
+    file = folders[0] / "adapter_model.safetensors"
+    stored = load_file(file)
+    first = next(name for name in stored if ".lora_A." in name)
+    for change in ({first: None}, {first.replace("lora_A.weight", "lora_B.bias"): torch.ones(16)}):
+        save_file({name: t for name, t in (stored | change).items() if t is not None}, file)
+        refused(tmp_path, folders[:1], [1], "only updates of linear layers")
+    save_file({name: t for name, t in stored.items() if name != first.replace("_A", "_B")}, file)
+    refused(tmp_path, folders[:1], [1], "do not fit each other")
+    save_file(stored | {first: stored[first][0]}, file)
+    refused(tmp_path, folders[:1], [1], "do not fit each other")
+    save_file({"x.weight": torch.ones(2, 2)}, file)
+    refused(tmp_path, folders[:1], [1], "only updates of linear layers")
+
+
+def test_targets_that_only_a_whole_name_tells(tmp_path):
+    """Two modules whose names end alike, one of them adapted: the sum goes where its part went."""
+    def build():
+        torch.manual_seed(0)
+        layer = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+        return nn.ModuleDict({"model": layer, "vision": nn.ModuleDict({"model": copy.deepcopy(layer)}),
+                              "norm": nn.LayerNorm(8)})
+    model = build()
+    apply_lora(model, r"model\.q_proj", rank=2)
+    save_adapter(model, tmp_path / "one")
+    combine_adapters([tmp_path / "one"], [1], tmp_path / "sum")
+    again = build()
+    load_adapter(again, tmp_path / "sum")
+    assert [name for name, _ in lora_layers(again)] == ["model.q_proj"]
+
+
+def test_the_base_of_a_sum(tmp_path):
+    """Loaded in another type it is the same base; and of a base that a part does not tell nothing is claimed."""
+    def build():
+        torch.manual_seed(0)
+        return our_llama(vocab_size=3000)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = build().to(dtype)
+        apply_lora(model, ["q_proj"], rank=2)
+        save_adapter(model, tmp_path / str(dtype))
+    parts = [tmp_path / str(dtype) for dtype in (torch.float16, torch.float32, torch.bfloat16)]
+    combine_adapters(parts, [1, 1, 1], tmp_path / "sum")
+    assert not load_adapter(build(), tmp_path / "sum").note
+    file = parts[1] / "adapter_model.safetensors"
+    save_file(load_file(file), file)                                         # the fingerprint is gone
+    combine_adapters(parts, [1, 1, 1], tmp_path / "unknown")
+    assert "no fingerprint" in load_adapter(build(), tmp_path / "unknown").note

@@ -10,11 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -249,3 +254,239 @@ def test_two_adapters_that_people_published(which, tmp_path):
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(base, folder)
     torch.testing.assert_close(loaded, said(theirs), atol=1e-3, rtol=1e-4)
+
+
+# -- whole modules: what PEFT's classifiers save, and what it calls them ----------------------------------------------
+
+def distilbert():
+    torch.manual_seed(0)
+    return DistilBertForSequenceClassification(DistilBertConfig(
+        vocab_size=50, dim=16, hidden_dim=24, n_layers=2, n_heads=2, max_position_embeddings=32, num_labels=3)).eval()
+
+
+def classifying_llama():
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_labels=3, pad_token_id=0)).eval()
+
+
+HEADED = {"BERT": (bert, ["query"], dict(task_type="SEQ_CLS")),
+          "Llama": (classifying_llama, ["q_proj"], dict(task_type="SEQ_CLS")),
+          "tokens": (bert, ["query"], dict(task_type="TOKEN_CLS")),
+          "an ending": (hf_llama, ["q_proj"], dict(modules_to_save=["head"])),
+          "norms": (hf_llama, ["q_proj"], dict(modules_to_save=["norm"])),
+          "DistilBERT": (distilbert, ["q_lin"], dict(modules_to_save=["classifier"])),
+          "embedding": (hf_llama, ["q_proj"], dict(modules_to_save=["embed_tokens"]))}
+
+
+def their_heads(name, folder):
+    build, targets, how = HEADED[name]
+    theirs = get_peft_model(build(), LoraConfig(r=2, target_modules=targets, **how))
+    shake_peft(theirs)
+    for name, parameter in theirs.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(folder)
+    return build, theirs
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_a_head_is_read_by_pefts_rules_and_goes_on_from_folder_to_folder(name, tmp_path):
+    """`task_type` makes PEFT name "classifier" and "score", of which a model has one; and an entry is any ending."""
+    build, theirs = their_heads(name, tmp_path / "a")
+    ours = build()
+    load_adapter(ours, tmp_path / "a")
+    torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
+    assert any("lora" not in name and p.requires_grad for name, p in ours.named_parameters()), "as the factors do"
+    ours.requires_grad_(False)                               # and frozen it is written again all the same
+    save_adapter(ours, tmp_path / "b")
+    equal(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    again = build()
+    load_adapter(again, tmp_path / "b")
+    assert torch.equal(said(again), said(ours))
+    torch.testing.assert_close(said(PeftModel.from_pretrained(build(), tmp_path / "b")), said(ours), atol=1e-5,
+                               rtol=1e-5)
+
+
+def test_a_head_stays_with_the_next_adapter(tmp_path):
+    build, _ = their_heads("BERT", tmp_path / "a")
+    ours = build()
+    load_adapter(ours, tmp_path / "a")
+    remove_lora(ours, merge=False)
+    apply_lora(ours, ["value"], rank=2)
+    shake(ours)
+    save_adapter(ours, tmp_path / "b")
+    again = build()
+    load_adapter(again, tmp_path / "b")
+    assert torch.equal(said(again), said(ours))
+
+
+@pytest.mark.parametrize("build, targets, trained", [
+    (distilbert, ["q_lin"], ["classifier"]), (lambda: hf_llama().model, ["q_proj"], ["norm"])])
+def test_what_an_entry_chooses_beside_is_written_too(build, targets, trained, tmp_path):
+    """"norm" chooses input_layernorm as well, in PEFT: without its tensors PEFT raises KeyError."""
+    def output(model):
+        with torch.no_grad():
+            return model.eval()(IDS)[0]
+    ours = build()
+    apply_lora(ours, targets, rank=2)
+    shake(ours)
+    for name in trained:
+        ours.get_submodule(name).requires_grad_(True)
+        nn.init.normal_(ours.get_submodule(name).weight, 1.0, 0.3)
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(build(), tmp_path)
+    torch.testing.assert_close(output(theirs), output(ours), atol=1e-5, rtol=1e-5)
+    again = build()
+    load_adapter(again, tmp_path)
+    assert torch.equal(output(again), output(ours))
+
+
+def test_a_whole_module_whose_name_ends_an_adapted_one_is_refused_when_it_is_saved(tmp_path):
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 3))
+    apply_lora(model, ["0.0", "0.1"], rank=2)
+    model[1].requires_grad_(True)
+    with pytest.raises(ValueError, match="0.1 ends so and has factors. Give the module a name of its own"):
+        save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def bert_lm():
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                      num_attention_heads=2, max_position_embeddings=32)).eval()
+
+
+@pytest.mark.parametrize("build, targets, whole", [(gpt2, ["c_attn"], ["wte"]), (gpt2, ["c_attn"], ["wte", "lm_head"]),
+                                                   (bert_lm, ["query"], ["word_embeddings"])])
+def test_together_or_apart_as_peft_has_them(build, targets, whole, tmp_path):
+    """`ensure_weight_tying` counts in PEFT only beside an entry embed_tokens or lm_head."""
+    theirs = get_peft_model(build(), LoraConfig(r=2, target_modules=targets, modules_to_save=whole,
+                                                ensure_weight_tying=True))
+    shake_peft(theirs)
+    for name, parameter in theirs.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    ours = build()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alone", ["model.embed_tokens", "lm_head"])
+def test_one_of_two_tied_tensors_that_nobody_asked_for_is_put_into_both(alone, tmp_path):
+    theirs = get_peft_model(hf_llama(tied=True), LoraConfig(r=2, target_modules=["q_proj"]))
+    shake_peft(theirs)
+    theirs.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    save_file(tensors(tmp_path) | {f"base_model.model.{alone}.weight": torch.randn(50, 16)},
+              tmp_path / "adapter_model.safetensors")
+    ours = hf_llama(tied=True)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(said(ours), said(PeftModel.from_pretrained(hf_llama(tied=True), tmp_path)), atol=1e-5,
+                               rtol=1e-5)
+
+
+def test_a_head_with_a_counter(tmp_path):
+    """A batch norm's num_batches_tracked is a whole number."""
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model = build()
+    apply_lora(model, ["0"], rank=2)
+    shake(model)
+    model[1].requires_grad_(True)
+    model(torch.randn(6, 8))
+    save_adapter(model, tmp_path)
+    again = build()
+    load_adapter(again, tmp_path)
+    x = torch.randn(4, 8)
+    assert torch.equal(again(x), model.eval()(x)) and again[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to(torch.float8_e4m3fn), lambda t: t.double()])
+def test_factors_in_other_floating_types(change, tmp_path):
+    theirs = get_peft_model(hf_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    shake_peft(theirs)
+    theirs.save_pretrained(tmp_path)
+    save_file({name: change(t) for name, t in tensors(tmp_path).items()}, tmp_path / "adapter_model.safetensors")
+    ours = hf_llama()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(said(ours), said(PeftModel.from_pretrained(hf_llama(), tmp_path)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_with_a_negative_alpha_of_its_own(tmp_path):
+    model = hf_llama()
+    apply_lora(model, ["q_proj"], rank=2)
+    shake(model)
+    next(layer for _, layer in lora_layers(model)).set_strength(-1)
+    save_adapter(model, tmp_path)
+    again = hf_llama()
+    load_adapter(again, tmp_path)
+    assert torch.equal(said(again), said(model))
+    torch.testing.assert_close(said(PeftModel.from_pretrained(hf_llama(), tmp_path)), said(model), atol=1e-5, rtol=1e-5)
+
+
+# -- an adapter on disk that is odd ------------------------------------------------------------------------------------
+
+def odd_folder(folder, config=(), **changes):
+    """Rank 2 on q_proj of two layers; `changes`: what becomes of a factor of the first ("A", "B"), None: it is left
+    out.
+    """
+    theirs = get_peft_model(hf_llama(), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    shake_peft(theirs)
+    theirs.save_pretrained(folder)
+    found = tensors(folder)
+    for end, change in changes.items():
+        name = f"base_model.model.model.layers.0.self_attn.q_proj.lora_{end}.weight"
+        found[name] = change(found[name]).contiguous() if change else None
+    save_file({name: t for name, t in found.items() if t is not None}, folder / "adapter_model.safetensors")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(config)))
+    return folder
+
+
+@pytest.mark.parametrize("how, note", [
+    (dict(B=None), "layers.0.self_attn.q_proj: no pair of a lora_A and a lora_B"),
+    (dict(A=None), "q_proj.lora_B.weight: no pair of a lora_A and a lora_B"),
+    (dict(A=lambda t: t * torch.nan), "q_proj.lora_A.weight hold numbers that are not finite"),
+    (dict(A=lambda t: t.to(torch.int8)), "q_proj.lora_A.weight hold no floating numbers"),
+    (dict(A=lambda t: t[:1]), "gives model.layers.0.self_attn.q_proj another rank than the file has"),
+    (dict(A=lambda t: t[:0], B=lambda t: t[:, :0]), "another rank than the file has"),
+    (dict(A=lambda t: t.sum()), "another rank than the file has")])
+def test_what_is_odd_is_noted_and_nothing_else_is_said_of_it(how, note, tmp_path):
+    facts = inspect_adapter(odd_folder(tmp_path, **how))
+    said = "\n".join(facts.notes)
+    assert note in said and "exactly zero" not in said and str(facts)
+    good = facts.norms["model.layers.1.self_attn.q_proj"]
+    A, B = (tensors(tmp_path)[f"base_model.model.model.layers.1.self_attn.q_proj.lora_{end}.weight"] for end in "AB")
+    assert good == pytest.approx((2 * B @ A).norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("config, scaling", [
+    ({"lora_alpha": -8}, -4), ({"use_dora": True, "alpha_pattern": {"q_proj": 100}}, 50),
+    ({"use_dora": True, "lora_alpha": 0}, 0)])
+def test_scalings_are_the_configs_and_a_size_has_no_sign(config, scaling, tmp_path):
+    facts = inspect_adapter(odd_folder(tmp_path, config))
+    assert set(facts.scalings.values()) == {scaling} and min(facts.norms.values()) >= 0
+
+
+@pytest.mark.parametrize("config", [{"lora_alpha": ["x"]}, {"lora_alpha": 10**400}, {"r": 10**20}, {"r": "2"},
+                                    {"rank_pattern": {"q_proj": 10**20}}])
+def test_a_config_with_impossible_numbers(config, tmp_path):
+    folder, model = odd_folder(tmp_path, config), hf_llama()
+    with pytest.raises(ValueError, match="adapter_config.json has|is no regular expression"):
+        load_adapter(model, folder)
+    assert "It is not loaded here" in "\n".join(inspect_adapter(folder).notes) and not names(model)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    model = hf_llama()
+    apply_lora(model, ["q_proj"], rank=2)
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file, and an adapter is a folder"):
+        save_adapter(model, tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "mine"
+    with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
+        inspect_adapter(tmp_path)

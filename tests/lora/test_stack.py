@@ -408,3 +408,39 @@ def test_an_adapter_with_a_head_cannot_share(tmp_path):
     with pytest.raises(ValueError, match="no folders"):
         LoRAStack.from_folders(plain, [])
     assert not any("lora" in name for name, _ in plain.named_parameters())
+
+
+def test_a_layer_whose_weight_is_read_past_the_stack_is_refused_from_folders_too(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
+    model = build()
+    apply_lora(model, ["linear1"], rank=2)
+    save_adapter(model, tmp_path)
+    plain = build()
+    before = list(plain.modules())
+    with pytest.raises(ValueError, match="adapter 1: the layer around 1.linear1 reads the weight"):
+        other = build()
+        apply_lora(other, ["0"], rank=2)
+        save_adapter(other, tmp_path / "good")
+        LoRAStack.from_folders(plain, [tmp_path / "good", tmp_path])
+    assert list(plain.modules()) == before
+
+
+def test_from_folders_the_model_is_ready_to_serve(tmp_path):
+    model = our_llama()
+    apply_lora(model, ["q_proj"], rank=2)
+    save_adapter(model, tmp_path)
+    served = our_llama().train()
+    LoRAStack.from_folders(served, [tmp_path])
+    assert not any(module.training for module in served.modules()), "as after load_adapter"
+
+
+def test_a_model_that_reads_the_sequence_first_is_refused():
+    """Its positions would be taken for rows, and a user would get another's adapter."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16))
+    with pytest.raises(ValueError, match="1.self_attn reads the sequence first"):
+        LoRAStack(model, [LoRASettings(2, target_modules=["0"])] * 2)
+    assert type(model[0]) is nn.Linear
+    LoRAStack(nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
+              [LoRASettings(2, target_modules=["0"])] * 2)

@@ -1,5 +1,6 @@
 """A training that was cut off goes on as if it never stopped. Oracle: the same training without a stop."""
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_edu import apply_lora, load_adapter, load_training, save_adapter, train
+from lora_edu import apply_lora, load_adapter, load_training, merge_lora, save_adapter, train
 from lora_edu.training.loop import adamw
 from tests.lora.tiny import our_llama
 
@@ -181,3 +183,78 @@ def test_peft_loads_the_folder_all_the_same(tmp_path):
     save_adapter(model, tmp_path, optimizer=adamw(model), step=0)
     assert len(load_file(tmp_path / "training.safetensors")) == 2 * 2 + 1
     PeftModel.from_pretrained(hf_llama(), tmp_path)
+
+
+def test_a_merged_model_is_refused(tmp_path):
+    """It would go on computing with the old sum."""
+    model, optimizer = start()
+    save_adapter(model, tmp_path, optimizer=optimizer, step=3)
+    other, optimizer = start()
+    merge_lora(other.eval())
+    with pytest.raises(RuntimeError, match="Call unmerge_lora"):
+        load_training(other, tmp_path, optimizer)
+
+
+def test_another_base_is_refused(tmp_path):
+    model, optimizer = start()
+    save_adapter(model, tmp_path, optimizer=optimizer, step=3)
+    other, optimizer = start()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.1)
+    kept = {name: p.clone() for name, p in other.named_parameters()}
+    with pytest.raises(ValueError, match="made on another base .*embed_tokens.weight holds other numbers"):
+        load_training(other, tmp_path, optimizer)
+    assert all(torch.equal(p, kept[name]) for name, p in other.named_parameters())
+
+
+def test_running_means_go_on(tmp_path):
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        apply_lora(model, ["0"], rank=2)
+        return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def go(model, optimizer, seeds):
+        for seed in seeds:
+            optimizer.zero_grad()
+            model(torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+            optimizer.step()
+        return model.eval()(torch.ones(1, 6))
+
+    expected = go(*start(), range(10))
+    model, optimizer = start()
+    go(model, optimizer, range(5))
+    save_adapter(model, tmp_path, optimizer=optimizer, step=5)
+    model, optimizer = start()
+    assert load_training(model, tmp_path, optimizer) == 5
+    assert torch.equal(go(model, optimizer, range(5, 10)), expected)
+
+
+@pytest.mark.parametrize("change", [
+    {"random cpu": None}, {"random cpu": torch.zeros(3, dtype=torch.uint8)}, {"random cpu": torch.zeros(5056)},
+    {"step": "3"}, {"step": -3}, {"step": 1.5}, {"numbers": []}, {"scalings": None}, {"groups": "x"},
+    {"groups": [{"lr": 1.0}]}, {"groups": [{"params": []}]}, {"optimizer": 3}, {"nan": True}, {"betas": None}])
+def test_a_damaged_file_moves_nothing(change, tmp_path):
+    model, optimizer = start()
+    go(model, optimizer, stop=2, folder=tmp_path)
+    file = tmp_path / "training.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    said = json.loads(metadata["lora_edu.training"])
+    for key, value in change.items():
+        if key == "random cpu":
+            tensors[key] = value
+        elif key == "nan":
+            tensors[next(name for name in tensors if name.endswith("exp_avg"))].fill_(torch.nan)
+        elif key == "betas":
+            del said["groups"][0]["betas"]
+        else:
+            said[key] = value
+    save_file({name: t for name, t in tensors.items() if t is not None}, file,
+              metadata | {"lora_edu.training": json.dumps(said)})
+    other, optimizer = start()
+    kept, random = {name: p.clone() for name, p in other.named_parameters()}, torch.get_rng_state()
+    with pytest.raises(ValueError, match="does not say where a training stood|is of another training"):
+        load_training(other, tmp_path, optimizer)
+    assert all(torch.equal(p, kept[name]) for name, p in other.named_parameters())
+    assert not optimizer.state and torch.equal(torch.get_rng_state(), random)

@@ -195,7 +195,9 @@ def test_what_cannot_be_billed_is_said(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"num_attention_heads": 12}, "cannot share"), ({"hidden_size": "32"}, "whole number"),
     ({"num_attention_heads": 0}, "whole number"), ({"intermediate_size": [1, 2]}, "a size is a whole number"),
-    ({"num_hidden_layers": None}, "a size is a whole number"), ({"vocab_size": 1.5}, "a size is a whole number")])
+    ({"num_hidden_layers": None}, "a size is a whole number"),
+    ({"hidden_size": 10**400, "head_dim": 64}, "hidden is above"),
+    ({"quantization_config": "x"}, "names and values"), ({"vocab_size": 1.5}, "a size is a whole number")])
 def test_a_size_that_is_none_is_refused(change, message, tmp_path):
     config = transformers.LlamaConfig(**SMALL, num_key_value_heads=8 if "cannot" in message else 2).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"} | change))
