@@ -25,7 +25,7 @@ html_theme_options = {
     "navbar_center": [], "navbar_align": "left", "show_toc_level": 2,
     "navigation_with_keys": False, "search_as_you_type": False, "back_to_top_button": False,
     "footer_start": ["copyright"], "footer_end": [], "secondary_sidebar_items": ["page-toc"],
-    "article_footer_items": ["sourcelink", "prev-next"],
+    "article_footer_items": ["sourcelink", "prev-next"], "show_prev_next": False,       # once is enough
 }
 html_context = {"default_mode": "auto"}
 html_sidebars = {"**": ["contents.html"]}

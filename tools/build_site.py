@@ -27,6 +27,9 @@ SITE = ROOT / "site"
 PICTURE = re.compile(r'src="data:image/png;base64,([^"]+)"')
 MARKS = {"✓ holds": "holds", "≠ differs here": "differs here", "? undecided": "undecided"}
 KERNEL = "It trains while you watch, and that needs a kernel: run the notebook."
+HERE = ("> *On this page the notebook is read, not run: its labs move, but exercises, guesses and what trains or "
+        "writes at a press of a button need the notebook itself, and the numbers are those of the machine it was "
+        "stored on.*")
 ORDER = ("differs here", "undecided", "holds")
 GROUPS = (("LoRA", "apply_lora LoRALinear LoRASettings LoRAStack lora_parameters lora_state_dict load_lora_state_dict "
                    "layers_without_gradient"),
@@ -55,7 +58,8 @@ def page_of(path: Path, pages: Path) -> dict:
                 picture = base64.b64decode(kinds["image/png"])
                 (pages / f"{path.stem[:2]}-{name}").write_bytes(picture)
                 source = source.replace(f"attachment:{name}", f"{path.stem[:2]}-{name}")
-            cell["source"] = source.replace("../README.md", "../index.md").replace("../docs/devices.md", "../index.md")
+            source = source.replace("../README.md", "../index.md").replace("../docs/devices.md", "../devices.md")
+            cell["source"] = source + (f"\n\n{HERE}" if not cells else "")
         elif "setup" in cell["metadata"].get("tags", []):
             cell["metadata"]["tags"].append("hide-cell")
         elif source.lstrip().startswith(("import ", "from ", "# @title Imports")):
@@ -209,17 +213,24 @@ def assemble(source: Path) -> None:
     (source / "claims.md").write_text(claims_page(), encoding="utf-8")
     (source / "api.md").write_text(api_page(), encoding="utf-8")
     shutil.copy(FABLE / "README.md", source / "fable.md")
+    shutil.copy(ROOT / "docs" / "devices.md", source)
 
 
 def build(out: Path) -> int:
     """Sphinx's status: a warning is a failure, for most are links that lead nowhere."""
     source = out.parent / "source"
-    for folder in (source, out):
+    for folder in (source, out, out.parent / "doctrees"):
         shutil.rmtree(folder, ignore_errors=True)
     source.mkdir(parents=True)
     assemble(source)
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(source), str(out)]
-    return subprocess.run(command).returncode
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html",
+               "-d", str(out.parent / "doctrees"), str(source), str(out)]
+    status = subprocess.run(command).returncode
+    for path in notebooks() if status == 0 else []:      # whoever downloads one gets it as it is, not as it is shown
+        shutil.copy(path, out / "_sources" / "notebooks")
+    for file in [*out.glob("_static/webpack-macros.html"), *out.glob("_static/**/*.map")]:      # of the theme's making
+        file.unlink()
+    return status
 
 
 def main() -> None:

@@ -3,20 +3,26 @@
 // address, so that it can be sent, and the browser's back and forward lead through it.
 const LABS = new URL("labs/", import.meta.url), FABLE = new URL("fable/", import.meta.url);
 
-// ?dial.strength=0.5&dial.prompt=… -> { strength: 0.5, prompt: "…" }
-function inAddress(name) {
+// ?dial.strength=0.5&dial.prompt=… -> { strength: 0.5, prompt: "…" }; what the lab does not have, or has in another
+// type, is passed over.
+function inAddress(name, state) {
   const found = {};
-  for (const [key, value] of new URLSearchParams(location.search)) {
-    if (!key.startsWith(`${name}.`)) continue;
-    try { found[key.slice(name.length + 1)] = JSON.parse(value); } catch { found[key.slice(name.length + 1)] = value; }
+  for (const [address, text] of new URLSearchParams(location.search)) {
+    const key = address.startsWith(`${name}.`) ? address.slice(name.length + 1) : null;
+    if (key === null || !(key in state)) continue;
+    let value = text.trim();
+    if (typeof state[key] !== "string") try { value = JSON.parse(text); } catch { continue; }
+    const alike = state[key] === null ? typeof value === "object" : value !== null && typeof value === typeof state[key];
+    if (alike && value !== "") found[key] = value;
   }
   return found;
 }
 
 function modelOf(name, { data, state }) {
-  const listeners = {}, known = (settings) => Object.fromEntries(Object.entries(settings).filter(([key]) => key in state));
-  const traits = { data, state: { ...state, ...known(inAddress(name)) } };
-  let timer = null;
+  const listeners = {}, traits = { data };
+  const read = () => { const asked = inAddress(name, state); traits.state = { ...state, ...asked }; traits.asked = Object.keys(asked); };
+  let timer = null, last = { key: "", at: 0 };
+  read();
   const keep = () => {
     const address = new URL(location);
     for (const key of Object.keys(state)) {
@@ -24,10 +30,16 @@ function modelOf(name, { data, state }) {
       if (JSON.stringify(value) === JSON.stringify(state[key]) || plain.length > 200) address.searchParams.delete(`${name}.${key}`);
       else address.searchParams.set(`${name}.${key}`, plain);
     }
-    if (address.href !== location.href) history.pushState(null, "", address);
+    if (address.href === location.href) return;
+    const key = Object.keys(state).filter((each) => address.searchParams.get(`${name}.${each}`)
+      !== new URL(location).searchParams.get(`${name}.${each}`)).join();
+    const goesOn = key === last.key && Date.now() - last.at < 3000;            // one control on its way is one step back
+    history[goesOn ? "replaceState" : "pushState"](null, "", address);
+    last = { key, at: Date.now() };
   };
   window.addEventListener("popstate", () => {
-    traits.state = { ...state, ...known(inAddress(name)) };
+    last = { key: "", at: 0 };
+    read();
     for (const listener of listeners["change:state"] ?? []) listener();
   });
   return {
@@ -51,7 +63,7 @@ async function mount(place, name) {
   if (!answer.ok) throw new Error(`${answer.url}: ${answer.status}`);
   const lab = await answer.json(), { default: module } = await import(new URL(`${lab.module}.mjs`, LABS));
   const el = document.createElement("div");
-  if (lab.data.writes) lab.data.writes = false;        // asks a kernel, and here is none
+  for (const asks of ["writes", "trains"]) if (lab.data[asks]) lab.data[asks] = false;        // a kernel, and here is none
   place.append(el);
   place.classList.add("alive");
   module.render({ model: modelOf(name, { ...lab, data: located(lab.data) }), el });
@@ -69,5 +81,5 @@ const seen = new IntersectionObserver((entries) => entries.forEach((entry) => {
   mount(place, name).catch((error) => { place.classList.remove("alive"); console.error(error); });
 }), { rootMargin: "600px" });
 for (const [place] of places) seen.observe(place);
-const asked = places.find(([, name]) => Object.keys(inAddress(name)).length);
+const asked = places.find(([, name]) => [...new URLSearchParams(location.search).keys()].some((key) => key.startsWith(`${name}.`)));
 if (asked && !location.hash) asked[0].scrollIntoView();

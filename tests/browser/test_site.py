@@ -15,7 +15,7 @@ from lora_edu.training import bistro
 from tools import build_site as site
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
-PAGES = ["index", "claims", "api", "fable", *(f"notebooks/{path.stem}" for path in site.notebooks())]
+PAGES = ["index", "claims", "api", "fable", "devices", *(f"notebooks/{path.stem}" for path in site.notebooks())]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,7 @@ def test_what_is_set_is_in_the_address_and_back_and_forward_lead_through_it(visi
     page.locator("input[type=range]").first.press("ArrowRight")
     page.wait_for_url("**rank=20**")
     one = said.inner_text()
+    page.wait_for_timeout(3100)                  # within three seconds it would be one move, and one step back
     page.locator("input[type=range]").first.press("Home")
     page.wait_for_url("**target_picker.rank=1")
     page.go_back()
@@ -147,6 +148,72 @@ def test_what_is_set_is_in_the_address_and_back_and_forward_lead_through_it(visi
     page.wait_for_function("() => document.querySelector('.say').textContent.startsWith('rank 16 on')")
     page.go_forward()
     page.wait_for_function("(text) => document.querySelector('.say').textContent === text", arg=one)
+
+
+def test_one_control_on_its_way_is_one_step_back(visit):
+    page = visit("notebooks/02_lora_in_a_transformer", query="?target_picker.rank=16")
+    page.locator(".lora-place[data-alive]").wait_for()
+    steps = page.evaluate("() => history.length")
+    for _ in range(4):
+        page.locator("input[type=range]").first.press("ArrowRight")
+        page.wait_for_timeout(500)
+    assert page.evaluate("() => history.length") == steps + 1
+
+
+@pytest.mark.parametrize("name, query, said", [
+    ("index", "fable_live.strength=99", "strength 1.2"), ("index", "fable_live.strength=-5", "strength 0.0"),
+    ("index", "fable_live.strength=abc", "strength 0.0"), ("index", "fable_live.strength=null", "strength 0.0"),
+    ("index", "fable_live.prompt=", "strength 0.0"), ("index", "fable_live.prompt=123", "strength 0.0"),
+    ("notebooks/02_lora_in_a_transformer", "target_picker.rank=1e9", "rank "),
+    ("notebooks/05_the_memory_bill", "memory_calculator.model=none&memory_calculator.batch=[]", ""),
+    ("notebooks/04_rank_and_alpha", "rank_alpha_map.rule=x&rank_alpha_map.lr=7", "")])
+def test_an_address_that_asks_for_what_is_not_there_gets_what_is(name, query, said, visit):
+    """And no error in the console, which `visit` looks at."""
+    page = visit(name, query=f"?{query}")
+    if name == "index":
+        page.wait_for_function("() => document.querySelector('.big')?.querySelectorAll('span[title]').length > 3")
+    page.locator(".lora-place[data-alive] .say").first.wait_for()
+    page.wait_for_function("() => document.querySelector('.lora-place[data-alive] .say').textContent.length > 9")
+    assert page.locator(".lora-place[data-alive] .say").first.inner_text().startswith(said)
+    assert not re.search("undefined|NaN|99", page.locator(".lora-place[data-alive] .say").first.inner_text())
+    if "123" in query:
+        assert page.locator(".big").inner_text().startswith("123")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_what_is_on_a_page_is_found_behind_a_button_where_there_is_no_room(width, visit):
+    page = visit("notebooks/00_start_here", width)
+    page.locator("button.secondary-toggle").first.click()
+    link = page.locator("dialog a[href^='#']").nth(2)
+    assert link.is_visible()
+    link.click()
+    page.wait_for_function("() => scrollY > 100")
+
+
+def test_the_footer_leads_on_once(visit):
+    page = visit("notebooks/01_lora_linear_from_scratch")
+    assert page.locator("a.right-next").count() == 1
+
+
+def test_a_card_that_is_none_is_told_so(visit):
+    page = visit("notebooks/05_the_memory_bill")
+    page.locator(".lora-place").first.scroll_into_view_if_needed()
+    field = page.locator("input[data-name=card]").first
+    field.wait_for()
+    for text in ("-5", "0", "1000000000"):
+        field.fill(text)
+        assert "a number up to 10,000, please; counted is with 24" in page.locator(".lora-place").first.inner_text()
+    field.fill("48")
+    assert "please" not in page.locator(".lora-place").first.inner_text()
+    assert "fits your 48 GB" in page.locator(".say").first.inner_text()
+
+
+def test_nothing_on_a_page_asks_a_kernel(visit):
+    page = visit("notebooks/04_rank_and_alpha")
+    page.locator(".lora-place").first.scroll_into_view_if_needed()
+    page.locator(".lora-place[data-alive]").first.wait_for()
+    assert page.get_by_text("open this setting in the trainer").count() == 0
+    assert "read, not run" in page.locator("blockquote").first.inner_text()
 
 
 def test_claims_are_those_of_the_stored_notebooks_and_failures_come_first(built):
@@ -164,7 +231,7 @@ def test_claims_are_those_of_the_stored_notebooks_and_failures_come_first(built)
 
 def test_a_notebook_can_be_downloaded_and_its_solutions_are_folded(built):
     for path in site.notebooks():
-        assert (built / "_sources" / "notebooks" / path.name).is_file()
+        assert (built / "_sources" / "notebooks" / path.name).read_bytes() == path.read_bytes()
         page = (built / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
         assert page.count("<summary>Solution</summary>") >= 4 and "Run this cell to move it" not in page
 
@@ -243,6 +310,58 @@ def test_it_writes_a_card_of_the_reader_s_own_and_the_dial_turns_it(fable):
     assert sentence < 1 < curves()["restaurants"][0]
     assert {title for title in page.locator(".big span[title]").evaluate_all("nodes => nodes.map((n) => n.title)")} == {
         "strength 1.0"}
+
+
+def spoken(page):
+    return page.locator(".big span[title]").all_inner_texts()
+
+
+def until_it_ended(page):
+    page.wait_for_function("() => document.querySelector('.say').textContent.includes('measured in this page')")
+    return spoken(page)
+
+
+def test_moved_when_it_has_ended_it_writes_again_and_another_is_another(fable):
+    page, dial = fable, fable.get_by_role("slider", name="strength")
+    page.get_by_role("button", name="a card").click()
+    assert page.get_by_role("button", name="a card").get_attribute("aria-pressed") == "true"
+    tale = until_it_ended(page)
+    dial.press("End")
+    page.wait_for_function("() => document.querySelector('.big span[title]')?.title === 'strength 1.2'")
+    assert until_it_ended(page) != tale
+    dial.press("Home")
+    page.wait_for_function("() => document.querySelector('.big span[title]')?.title === 'strength 0.0'")
+    assert until_it_ended(page) == tale, "the same beginning, the same draws"
+    page.get_by_role("button", name="another").click()
+    page.wait_for_function("() => !document.querySelector('.say').textContent.includes('measured') || true")
+    page.wait_for_function("(n) => document.querySelectorAll('.big span[title]').length < n", arg=len(tale))
+    page.wait_for_function("() => document.querySelectorAll('.big span[title]').length > 12")
+    assert spoken(page)[:12] != tale[:12]
+
+
+def test_the_browsers_back_brings_the_text_with_it(fable):
+    page, field = fable, fable.get_by_label("a beginning or a card of your own")
+    page.get_by_role("button", name="a card").click()
+    page.wait_for_url("**prompt=name**")
+    page.wait_for_timeout(3100)
+    field.fill("The old wolf")
+    field.press("Enter")
+    page.wait_for_url("**prompt=The+old+wolf**")
+    until_it_ended(page)
+    page.go_back()
+    page.wait_for_function("() => document.querySelector('.big').textContent.startsWith('name:')")
+    page.wait_for_function("() => document.querySelectorAll('.big span[title]').length < 5")
+
+
+def test_a_text_that_is_too_long_is_told_so_and_the_next_is_written(fable):
+    page, field = fable, fable.get_by_label("a beginning or a card of your own")
+    field.fill("the king " * 900)
+    field.press("Enter")
+    page.wait_for_function("() => document.querySelector('.say').textContent.includes('and fable reads 511: shorten')")
+    field.fill("The old wolf")
+    field.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.big span[title]').length > 3")
+    assert page.locator(".say").inner_text().startswith("strength")
 
 
 def test_a_kernel_sends_the_same_files_as_bytes(visit):

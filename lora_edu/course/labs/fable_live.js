@@ -2,6 +2,7 @@
 // curves were measured beforehand; the two losses under them are measured here, on one card's sentence and one tale.
 
 const TURN = 8;                                       // tokens between two breaths of the page
+const PACE = 80;                                      // milliseconds a token at least: so that the dial can be turned in between
 
 // Binary data comes as an address (a web page) or as a DataView (a kernel).
 async function bytesOf(source) {
@@ -20,16 +21,16 @@ const breath = () => new Promise((done) => requestAnimationFrame(() => done()));
 
 export default { render({ model, el }) {
   const data = model.get("data"), page = lab(model, el, data.title);
-  let live = null, run = 0, pieces = [], speed = 0, losses = null, trouble = "", measuring = null;
+  let live = null, run = 0, pieces = [], speed = 0, losses = null, trouble = "", moved = null, seed = 1, writes = false, written = null;
   const text = h("p", { class: "big", tabindex: 0, "aria-label": "what is written", style: "height: 10.5em; overflow-y: auto" });
   const field = h("input", { type: "text", "aria-label": "a beginning or a card of your own", placeholder: data.placeholder,
     onkeydown: (event) => { if (event.key === "Enter") begin(field.value); } });
-  const begin = (prompt) => { if (prompt.trim()) { page.set({ prompt: prompt.trim() }); write(); } };
+  const begin = (prompt) => { if (prompt.trim()) { seed = 1; written = null; page.set({ prompt: prompt.trim() }); } };   // drawn, it is written
   const asked = (prompt) => (/\w+: .*\|/.test(prompt) ? `${prompt}\n=>` : prompt);    // a card ends in an arrow, as it was trained
-  page.add(h("div", { class: "control", role: "group", "aria-label": "prompt" }, h("span", { "aria-hidden": "true" }, "begin with"),
-    ...data.prompts.map(([prompt, name]) => h("button", { type: "button", "data-prompt": prompt, onclick: () => begin(prompt) }, name))),
-  field, action("write it", () => begin(field.value)), action("again", () => write(), { "data-act": "again" }),
-  action("stop", () => { run += 1; page.redraw(); }, { "data-act": "stop" }));
+  const prompts = data.prompts.map(([prompt, name]) => h("button", { type: "button", "data-prompt": prompt, onclick: () => begin(prompt) }, name));
+  page.add(h("div", { class: "control", role: "group", "aria-label": "prompt" }, h("span", { "aria-hidden": "true" }, "begin with"), ...prompts),
+    field, action("write it", () => begin(field.value)), action("another", () => { seed += 1; write(); }, { "data-act": "again" }),
+    action("stop", () => { run += 1; writes = false; page.redraw(); }, { "data-act": "stop" }));
   page.add(slider(page, "strength", { label: "strength", values: data.strengths, text: (value) => `strength ${value.toFixed(1)}`, wide: true }));
   page.block(text);
   page.panels(lossesByStrength(page, data, 230));
@@ -38,33 +39,38 @@ export default { render({ model, el }) {
     ...pieces.map(([words, strength]) => h("span", { title: `strength ${strength.toFixed(1)}`, style: `color:${voice(page, strength)}` }, words)));
     text.scrollTop = text.scrollHeight; };
   async function write() {
-    const mine = ++run, ids = live && live.tokenizer.encode(asked(page.state.prompt)), random = randomFrom(1);
-    if (!live) return;
-    live.model.clear();
-    pieces = [];
-    let logits, began = performance.now(), made = 0;
+    written = page.state.prompt;
+    const mine = ++run, ids = live.tokenizer.encode(asked(written)), random = randomFrom(seed), room = data.config.max_position_embeddings;
     const tokens = [];
-    try {
-      for (const [i, id] of ids.entries()) {
-        live.model.strengths[0] = page.state.strength;
-        logits = live.model.step(id);
-        if (i % TURN === TURN - 1) await breath();
-        if (mine !== run) return;
-      }
-      began = performance.now();
-      while (tokens.length < data.most && live.model.length < data.config.max_position_embeddings) {
-        const id = sample(logits, { random });
-        if (id === 0) break;
-        const before = live.tokenizer.decode(tokens);
-        tokens.push(id);
-        pieces.push([live.tokenizer.decode(tokens).slice(before.length), page.state.strength]);
-        live.model.strengths[0] = page.state.strength;             // of this moment: the dial may have moved
-        logits = live.model.step(id);
-        made += 1;
-        if (made % 2 === 0) { speed = 1000 * made / (performance.now() - began); page.redraw(); await breath(); }
-        if (mine !== run) return;
-      }
-    } catch (error) { trouble = error.message; }
+    pieces = [];
+    trouble = ids.length >= room ? `your text has ${ids.length} tokens, and fable reads ${room - 1}: shorten it` : "";
+    writes = !trouble;
+    live.model.clear();
+    page.redraw();
+    if (trouble) return;
+    let logits = null, busy = 0;
+    for (const [i, id] of ids.entries()) {
+      live.model.strengths[0] = page.state.strength;
+      logits = live.model.step(id);
+      if (i % TURN === TURN - 1) await breath();
+      if (mine !== run) return;
+    }
+    while (tokens.length < data.most && live.model.length < room) {
+      const began = performance.now(), id = sample(logits, { random });
+      if (id === 0) break;
+      const before = live.tokenizer.decode(tokens);
+      tokens.push(id);
+      pieces.push([live.tokenizer.decode(tokens).slice(before.length), page.state.strength]);
+      live.model.strengths[0] = page.state.strength;             // of this moment: the dial may have moved
+      logits = live.model.step(id);
+      busy += performance.now() - began;
+      speed = 1000 * tokens.length / busy;
+      page.redraw();
+      await new Promise((done) => setTimeout(done, Math.max(0, PACE - (performance.now() - began))));
+      await breath();
+      if (mine !== run) return;
+    }
+    writes = false;
     page.redraw();
     measure();
   }
@@ -80,22 +86,25 @@ export default { render({ model, el }) {
     losses = found;
     page.redraw();
   }
-  const said = (state) => (trouble ? `fable could not be opened here: ${trouble}. The curves were measured beforehand.`
-    : !live ? `loading fable (${data.megabytes} MB) …` : `strength ${state.strength.toFixed(1)}` + (speed ? `; ${speed.toFixed(0)} tokens a second` : "")
-      + (losses ? `; measured in this page: ${data.measured.map(({ name }, i) => `${name} ${losses[i].toFixed(2)}`).join(", ")} nats per token` : ""));
-  let drawn = null;
+  const said = (state) => (!live ? (trouble ? `fable could not be opened here: ${trouble}. The curves were measured beforehand.`
+      : `loading fable (${data.megabytes} MB) …`) : trouble ? `${trouble}.` : `strength ${state.strength.toFixed(1)}`
+    + (speed ? `; ${speed.toFixed(0)} tokens a second could be written here` : "") + (losses ? `; measured in this page, on one of each: ${
+      data.measured.map(({ name }, i) => `${name} ${losses[i].toFixed(2)}`).join(", ")} nats per token (the curves: means of many)` : ""));
+  let drawn = page.state.strength;
   page.draw = (state) => {
     show();
-    if (live && drawn !== state.strength) {
+    prompts.forEach((button) => button.setAttribute("aria-pressed", button.dataset.prompt === state.prompt));
+    if (live && state.prompt !== written) setTimeout(() => { if (state.prompt !== written) write(); });    // set, or the browser's back
+    if (drawn !== state.strength) {
       drawn = state.strength;
       losses = null;
-      clearTimeout(measuring);
-      measuring = setTimeout(() => { if (live.model.length === 0 || pieces.length === 0) measure(); }, 300);
+      clearTimeout(moved);
+      if (live) moved = setTimeout(() => { if (!writes) write(); }, 400);      // nothing is on its way: the same again, at this strength
     }
     return said(state);
   };
-  el.ready = open(data).then((opened) => { live = opened; el.live = opened; page.redraw(); write(); },
+  el.ready = open(data).then((opened) => { live = opened; el.live = opened; page.redraw(); },
     (error) => { trouble = error.message; page.redraw(); });
   const end = page.start();
-  return () => { run += 1; clearTimeout(measuring); end(); };
+  return () => { run += 1; clearTimeout(moved); end(); };
 } };

@@ -64,7 +64,7 @@ function lab(model, el, name) {
   const root = h("div", { class: "lora-lab", role: "group", "aria-label": name, "data-lm-suppress-shortcuts": "true",
     onkeydown: (event) => event.stopPropagation() });        // an arrow key moves the control, and not the notebook
   const say = h("p", { class: "say" }), quiet = h("div", { class: "quiet", role: "status", "aria-live": "polite" });
-  const page = { root, state: { ...model.get("state") }, shown: [], draw: () => "", fit: () => ({}) };
+  const page = { root, state: { ...model.get("state") }, shown: [], snap: {}, draw: () => "", fit: () => ({}) };
   let width = 0, timer = null, spoken = Date.now();
   page.add = (...nodes) => { root.insertBefore(h("div", { class: "row" }, ...nodes), say); };
   page.panels = (...nodes) => { root.insertBefore(h("div", { class: "panels" }, ...nodes), say); };
@@ -83,16 +83,22 @@ function lab(model, el, name) {
     timer ??= setTimeout(() => { timer = null; spoken = Date.now(); quiet.textContent = say.textContent; },
       Math.max(250, 500 - (Date.now() - spoken)));           // spoken at most twice a second
   };
+  const tidy = () => {                                 // what an address asks for becomes what its control can say
+    for (const name of model.get("asked") ?? []) if (page.snap[name]) page.state[name] = page.snap[name](page.state);
+    if ((model.get("asked") ?? []).length) Object.assign(page.state, page.fit(page.state, page.state));
+  };
   page.dark = () => root.classList.toggle("dark", isDark(root));
   page.start = () => {
     el.replaceChildren(root);
     page.dark();
+    tidy();
     page.redraw();
     const resized = new ResizeObserver(() => { if (root.clientWidth !== width) { width = root.clientWidth; page.redraw(); } });
     const themed = new MutationObserver(() => { page.dark(); page.redraw(); });
     const follow = () => {
       if (JSON.stringify(model.get("state")) === JSON.stringify(page.state)) return;
       page.state = { ...model.get("state") };
+      tidy();
       page.redraw();
     };
     resized.observe(root);
@@ -120,6 +126,7 @@ function slider(page, name, { label, values, text = String, wide = false, bare =
   const input = h("input", { type: "range", min: 0, step: 1, "aria-label": label, "data-name": name,
     oninput: () => page.set({ [name]: offered(page.state)[+input.value] }) });
   const value = h("span", { class: "value", "aria-hidden": "true" });
+  page.snap[name] = (state) => offered(state)[nearest(offered(state), state[name])];
   page.shown.push((state) => {
     input.max = offered(state).length - 1;
     input.value = nearest(offered(state), state[name]);
@@ -136,6 +143,7 @@ const nearest = (values, wanted) => values.reduce((best, value, i) =>
 // options: [[value, text], ...]; why(value, state): a sentence where the value cannot be, which is then shown.
 function choices(page, name, { label, options, why = () => "", set = (value) => page.set({ [name]: value }) }) {
   const note = h("span", { class: "note" });
+  page.snap[name] = (state) => (options.some(([value]) => value === state[name]) ? state[name] : options[0][0]);
   const buttons = options.map(([value, text]) => h("button", { type: "button", "data-name": name, "data-value": value,
     onclick: () => { if (!why(value, page.state)) set(value); } }, text));
   page.shown.push((state) => {
@@ -153,6 +161,7 @@ function choices(page, name, { label, options, why = () => "", set = (value) => 
 function pick(page, name, { label, options }) {
   const select = h("select", { "aria-label": label, "data-name": name, onchange: () => page.set({ [name]: select.value }) },
     ...options.map(([value, text]) => h("option", { value }, text)));
+  page.snap[name] = (state) => (options.some(([value]) => value === state[name]) ? state[name] : options[0][0]);
   page.shown.push((state) => { select.value = state[name]; });
   return h("div", { class: "control" }, h("span", { "aria-hidden": "true" }, label), select);
 }

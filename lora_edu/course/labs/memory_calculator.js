@@ -118,9 +118,13 @@ export default { render({ model, el }) {
     }, text: (length) => `${number(length)} tokens` }),
     check(page, "checkpointing", { label: "checkpointing" }));
   const card = h("input", { type: "number", min: 1, max: 10000, "aria-label": "my card has, in GB", "data-name": "card",
-    oninput: () => { if (+card.value > 0) page.set({ card: +card.value }); } });
-  page.shown.push((state) => { if (document.activeElement !== card) card.value = state.card; });
-  page.add(h("div", { class: "control" }, "my card has", card, "GB"),
+    oninput: () => { if (possible()) page.set({ card: +card.value }); else page.redraw(); }, onblur: () => page.redraw() });
+  const possible = () => +card.value > 0 && +card.value <= 10000, wrong = h("span", { class: "note" });
+  page.shown.push((state) => {
+    if (document.activeElement !== card) card.value = state.card;
+    wrong.textContent = possible() ? "" : `a number up to 10,000, please; counted is with ${state.card}`;
+  });
+  page.add(h("div", { class: "control" }, "my card has", card, "GB", wrong),
     action("pin this as A", () => page.set({ pinned: { ...page.state, pinned: null } })),
     action("unpin", () => page.set({ pinned: null })));
 
