@@ -151,13 +151,14 @@ export default { render({ model, el }) {
           from = to;
         });
       });
-      let free = -Infinity;                                   // a name that would cover its neighbour's stands one line up
+      const free = [-Infinity, -Infinity, -Infinity];         // a name that would cover its neighbour's stands a line up, or two
       for (const [name, bytes] of all.filter(([, each]) => each / unit < right).sort((a, b) => a[1] - b[1])) {
-        const x = plot.X(bytes / unit), up = x < free ? 12 : 0, text = `${name} ${bytes / 1e9}`;
+        const x = plot.X(bytes / unit), text = `${name} ${bytes / 1e9}`, left = Math.min(x, width - 7 * text.length);
+        const row = Math.max(0, free.findIndex((each) => left >= each)), up = 12 * row;
         svg.append(s("path", { d: `M${x} ${plot.bottom}V${plot.top - up}`, stroke: name === "my card" ? "var(--c1)" : "var(--ink)",
           "stroke-width": name === "my card" ? 3 : 1, "stroke-dasharray": name === "my card" ? "" : "3 3" }),
-          s("text", { x: Math.min(x, width - 7 * text.length), y: plot.top + 12 - up, dx: 3 }, text));
-        free = x + 7 * text.length;
+          s("text", { x: left, y: plot.top + 12 - up, dx: 3 }, text));
+        free[row] = left + 7 * text.length;
       }
     } }));
   page.draw = (state) => {

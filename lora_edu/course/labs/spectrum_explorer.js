@@ -30,7 +30,7 @@ export default { render({ model, el }) {
   const map = (side) => chart(page, { height: 34 + 26 * matrices.length, title: (state) => `${state[side]}: rank for 90% of the energy`,
     describe: (state) => Object.entries(needs[state[side]]).map(([where, rank]) => `${where}: ${rank}`).join("; "),
     draw: (svg, width, height, state) => {
-      const left = 78, wide = (width - left - 4) / layers.length;
+      const left = Math.max(78, 6.6 * Math.max(...matrices.map((name) => name.length)) + 10), wide = (width - left - 4) / layers.length;
       layers.forEach((layer, x) => svg.append(s("text", { x: left + (x + 0.5) * wide, y: height - 4, "text-anchor": "middle" }, layers.length > 6 ? layer : `layer ${layer}`)));
       if (layers.length > 6) svg.append(s("text", { x: left - 6, y: height - 4, "text-anchor": "end" }, "layer"));
       matrices.forEach((matrix, y) => {
@@ -39,7 +39,7 @@ export default { render({ model, el }) {
           const rank = needs[state[side]][`${layer} ${matrix}`], [fill, ink] = shade(1 - rank / most);
           svg.append(s("g", { style: "cursor: pointer", "data-cell": `${side} ${layer} ${matrix}`, onclick: () => page.set({ layer, matrix }) },
             s("rect", { x: left + x * wide, y: 10 + 26 * y, width: wide, height: 26, fill, stroke: "var(--face)" }),
-            s("text", { x: left + (x + 0.5) * wide, y: 27 + 26 * y, "text-anchor": "middle", style: `fill: ${ink}` }, rank)));
+            s("text", { x: left + (x + 0.5) * wide, y: 27 + 26 * y, "text-anchor": "middle", style: `fill: ${ink}; font-size: ${wide < 24 ? 9 : 12}px` }, rank)));
         });
       });
       const [x, y] = [layers.indexOf(state.layer), matrices.indexOf(state.matrix)];
