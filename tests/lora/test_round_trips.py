@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lora_edu import apply_lora, load_adapter, remove_lora, save_adapter
+from lora_edu.lora import adapter_file
 from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.inspection import inspect_adapter
 from tests.lora.tiny import IDS, gpt2, hf_llama, names, shake
@@ -61,6 +62,17 @@ def shake_peft(model):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
+
+
+def with_whole_modules(base, folder, **how):
+    """PEFT's model, saved: factors and whole modules that say something."""
+    theirs = get_peft_model(base, LoraConfig(r=2, **how))
+    shake_peft(theirs)
+    for name, parameter in theirs.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(folder)
+    return theirs
 
 
 def tensors(folder):
@@ -110,12 +122,7 @@ def test_us_to_peft_to_us(base, tmp_path):
                                          ("GPT-2", ["wte"])])
 def test_modules_that_are_saved_whole_come_back(base, whole, tmp_path):
     build, targets = BASES[base]
-    theirs = get_peft_model(build(), LoraConfig(r=2, target_modules=targets, modules_to_save=whole))
-    shake_peft(theirs)
-    for name, parameter in theirs.named_parameters():
-        if "modules_to_save" in name:
-            nn.init.normal_(parameter, std=0.2)
-    theirs.save_pretrained(tmp_path)
+    theirs = with_whole_modules(build(), tmp_path, target_modules=targets, modules_to_save=whole)
     ours = build()
     load_adapter(ours, tmp_path)
     torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
@@ -280,21 +287,11 @@ HEADED = {"BERT": (bert, ["query"], dict(task_type="SEQ_CLS")),
           "embedding": (hf_llama, ["q_proj"], dict(modules_to_save=["embed_tokens"]))}
 
 
-def their_heads(name, folder):
-    build, targets, how = HEADED[name]
-    theirs = get_peft_model(build(), LoraConfig(r=2, target_modules=targets, **how))
-    shake_peft(theirs)
-    for name, parameter in theirs.named_parameters():
-        if "modules_to_save" in name:
-            nn.init.normal_(parameter, std=0.2)
-    theirs.save_pretrained(folder)
-    return build, theirs
-
-
 @pytest.mark.parametrize("name", HEADED)
 def test_a_head_is_read_by_pefts_rules_and_goes_on_from_folder_to_folder(name, tmp_path):
     """`task_type` makes PEFT name "classifier" and "score", of which a model has one; and an entry is any ending."""
-    build, theirs = their_heads(name, tmp_path / "a")
+    build, targets, how = HEADED[name]
+    theirs = with_whole_modules(build(), tmp_path / "a", target_modules=targets, **how)
     ours = build()
     load_adapter(ours, tmp_path / "a")
     torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
@@ -310,14 +307,14 @@ def test_a_head_is_read_by_pefts_rules_and_goes_on_from_folder_to_folder(name, t
 
 
 def test_a_head_stays_with_the_next_adapter(tmp_path):
-    build, _ = their_heads("BERT", tmp_path / "a")
-    ours = build()
+    with_whole_modules(bert(), tmp_path / "a", target_modules=["query"], task_type="SEQ_CLS")
+    ours = bert()
     load_adapter(ours, tmp_path / "a")
     remove_lora(ours, merge=False)
     apply_lora(ours, ["value"], rank=2)
     shake(ours)
     save_adapter(ours, tmp_path / "b")
-    again = build()
+    again = bert()
     load_adapter(again, tmp_path / "b")
     assert torch.equal(said(again), said(ours))
 
@@ -362,13 +359,8 @@ def bert_lm():
                                                    (bert_lm, ["query"], ["word_embeddings"])])
 def test_together_or_apart_as_peft_has_them(build, targets, whole, tmp_path):
     """`ensure_weight_tying` counts in PEFT only beside an entry embed_tokens or lm_head."""
-    theirs = get_peft_model(build(), LoraConfig(r=2, target_modules=targets, modules_to_save=whole,
-                                                ensure_weight_tying=True))
-    shake_peft(theirs)
-    for name, parameter in theirs.named_parameters():
-        if "modules_to_save" in name:
-            nn.init.normal_(parameter, std=0.2)
-    theirs.save_pretrained(tmp_path)
+    theirs = with_whole_modules(build(), tmp_path, target_modules=targets, modules_to_save=whole,
+                                ensure_weight_tying=True)
     ours = build()
     load_adapter(ours, tmp_path)
     torch.testing.assert_close(said(ours), said(theirs), atol=1e-5, rtol=1e-5)
@@ -490,3 +482,19 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     assert (tmp_path / "a").read_text() == "mine"
     with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
         inspect_adapter(tmp_path)
+
+
+def test_stopped_while_it_loads_a_tied_head_nothing_has_moved(tmp_path, monkeypatch):
+    theirs = get_peft_model(hf_llama(tied=True), LoraConfig(r=2, target_modules=["q_proj"],
+                                                            modules_to_save=["embed_tokens"]))
+    theirs.save_pretrained(tmp_path)
+    model = hf_llama(tied=True)
+    before, parts = said(model), list(model.named_parameters())
+
+    def stopped(tensors, places):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(adapter_file, "copy_all", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        load_adapter(model, tmp_path)
+    assert all(a is b for (_, a), (_, b) in zip(model.named_parameters(), parts, strict=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and torch.equal(said(model), before)
