@@ -83,10 +83,11 @@ def test_the_library_stays_small():
     """Labs, figures, records and checkers not counted: a guide against growth. Lines are under 120 columns (ruff).
 
     The plan is about 5,500; what is above it are sentences that refuse by name, four bits, and files: other programs'
-    layouts, sums, a training that goes on, several processes; whole modules by PEFT's rules, and what is odd in a file.
+    layouts, sums, a training that goes on, several processes that must not go apart; whole modules by PEFT's rules, and
+    what is odd in a file.
     """
     lines = {str(file.relative_to(PACKAGE)): lines_of(file) for file in FILES if room(module_of(file)) != "course"}
-    assert sum(lines.values()) <= 8_480, sorted(lines.items(), key=lambda pair: -pair[1])[:10]
+    assert sum(lines.values()) <= 8_540, sorted(lines.items(), key=lambda pair: -pair[1])[:10]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

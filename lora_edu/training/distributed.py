@@ -11,9 +11,11 @@ other.
 """
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -24,17 +26,18 @@ from torch import nn
 from lora_edu.files import write_text
 from lora_edu.lora.adapter_file import save_adapter
 from lora_edu.lora.factors import lora_layers
+from lora_edu.lora.fingerprint import fingerprint
 from lora_edu.lora.inject import apply_lora, unfreeze_matrices
 from lora_edu.models.llama import Llama
 from lora_edu.models.pretrained import load_pretrained
 from lora_edu.training import bistro
 from lora_edu.training.group import STRATEGIES, Group
 from lora_edu.training.loop import adamw, train
-from lora_edu.training.restart import keep_settings, load_checkpoint, save_checkpoint
+from lora_edu.training.restart import check_settings, load_checkpoint, save_checkpoint
 from lora_edu.training.traffic import Traffic
 
 # what a training that goes on has in common with the one before; processes and strategy may be others
-SETTINGS = ("model", "method", "steps", "rows", "rank", "alpha", "lr", "seed", "dtype")
+SAME = ("model", "method", "steps", "rows", "rank", "alpha", "seed", "dtype")
 
 
 def start(device: str | None = None) -> tuple[Group, torch.device]:
@@ -89,13 +92,18 @@ def spread(model: nn.Module, strategy: str, group: Group, device: torch.device) 
 
 
 def gathered(model: nn.Module) -> nn.Module:
-    """The model whole again, for rank 0 to save: FSDP2's shares are gathered, in every process."""
+    """The model whole again, for rank 0 to save and for nothing else: FSDP2's shares are gathered, in every process;
+    what was tied is tied.
+    """
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    wholes: dict[nn.Parameter, nn.Parameter] = {}
     for module in inner.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if hasattr(parameter, "full_tensor"):
-                whole = nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
-                module._parameters[name] = whole
+                if parameter not in wholes:
+                    whole = parameter.full_tensor().detach()
+                    wholes[parameter] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                module._parameters[name] = wholes[parameter]
     return inner
 
 
@@ -103,7 +111,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m lora_edu.training.distributed",
                                   description="The one training loop in several processes.")
     top.add_argument("--model", default="fable", help="fable, a folder, or a name on the hub")
-    top.add_argument("--method", choices=("lora", "full"), default="lora")
+    top.add_argument("--method", choices=("lora", "full"), default="lora",
+                     help="full: the matrices that a LoRA goes beside, whole")
     top.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     top.add_argument("--steps", type=int, default=20)
     top.add_argument("--rows", type=int, default=16, help="of a whole batch, over all processes")
@@ -116,8 +125,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--pieces", type=int, default=1, help="that each process's rows go through in, one after another")
     top.add_argument("--device", choices=("cpu", "cuda"))
     top.add_argument("--save", type=Path, help="a folder for checkpoints; where there is one, the training goes on")
-    top.add_argument("--every", type=int, default=10, help="steps from one checkpoint to the next")
-    top.add_argument("--out", type=Path, help="lora: where rank 0 writes the adapter, in PEFT's format")
+    top.add_argument("--every", type=int, default=10, help="steps from one checkpoint to the next; the last is one")
+    top.add_argument("--out", type=Path, help="where rank 0 writes the adapter, in PEFT's format, or the whole model")
     top.add_argument("--report", type=Path, help="a JSON file for the losses, the bytes sent and the bytes held")
     return top
 
@@ -127,8 +136,25 @@ def rate(args: argparse.Namespace) -> float:
     return args.lr if args.lr is not None else {"lora": 1e-2, "full": 1e-3}[args.method]
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise, before anything has begun, for what could not be trained or kept."""
+    for name in ("steps", "rows", "every", "pieces"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: choose a whole number, 1 or more.")
+    if args.method == "full" and args.dtype == "bfloat16":
+        raise ValueError("method full in bfloat16: 16 bits round small steps away. Train in float32, or a LoRA.")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not args.save:
+        raise ValueError("a process was lost and all were started again, and there is no checkpoint to go on from: "
+                         "give --save FOLDER from the first start.")
+    for folder in filter(None, (args.save, args.out)):
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"{folder} is a file, and a folder is asked for: choose another name.")
+    if args.report and (args.report.is_dir() or not args.report.parent.is_dir()):
+        raise FileNotFoundError(f"--report {args.report} cannot be written there: name a file in a folder that exists.")
+
+
 def prepared(args: argparse.Namespace, group: Group, device: torch.device):
-    """The model, spread, and its tokenizer."""
+    """The model, spread, and its tokenizer; and the settings that a training which goes on has in common."""
     model, tokenizer = load_pretrained(args.model, getattr(torch, args.dtype))
     torch.manual_seed(args.seed)                                         # the same start in every process
     if args.method == "lora":
@@ -136,7 +162,10 @@ def prepared(args: argparse.Namespace, group: Group, device: torch.device):
     else:
         model.requires_grad_(True)
         unfreeze_matrices(model)
-    return spread(model, args.strategy, group, device), tokenizer
+    base = hashlib.sha256((fingerprint(model) or "").encode()).hexdigest()[:12]
+    settings = {name: getattr(args, name) for name in SAME} | {"lr": rate(args), "base": base}
+    torch.manual_seed(args.seed + group.rank)                            # whatever draws while it trains draws its own
+    return spread(model, args.strategy, group, device), tokenizer, settings
 
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -154,19 +183,13 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.every < 1:
-        raise ValueError(f"--every {args.every}: choose a whole number of steps, 1 or more.")
-    if args.method == "full" and args.dtype == "bfloat16":
-        raise ValueError("method full in bfloat16: 16 bits round small steps away. Train in float32, or a LoRA.")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not args.save:
-        raise ValueError("a process was lost and all were started again, and there is no checkpoint to go on from: "
-                         "give --save FOLDER from the first start.")
+    check(args)
     group, device = start(args.device)
     try:
-        model, tokenizer = prepared(args, group, device)
+        model, tokenizer, settings = prepared(args, group, device)
         optimizer, traffic, losses = adamw(model), Traffic(), []
         if args.save:
-            keep_settings(args.save, {name: getattr(args, name) for name in SETTINGS}, group)
+            check_settings(args.save, settings)
         done = load_checkpoint(args.save, model, optimizer) if args.save else 0
         batches = itertools.islice(bistro.batches(tokenizer, args.steps, args.rows, args.seed), done, None)
         steps = train(model, batches, args.steps, rate(args), optimizer=optimizer, first_step=done, processes=group,
@@ -177,28 +200,35 @@ def main(argv: list[str] | None = None) -> None:
             losses.append(step.loss)
             if group.rank == 0:
                 print(f"{step.step} {step.loss:.12f} {step.grad_norm:.9f}", flush=True)
-            if args.save and step.step % args.every == 0:
-                save_checkpoint(args.save, model, optimizer, step.step, group)
-        report(args, group, model, optimizer, losses, traffic)
+            if args.save and (step.step % args.every == 0 or step.step == args.steps):
+                save_checkpoint(args.save, model, optimizer, step.step, group, settings)
+        everyone: list = [None] * group.size
+        dist.all_gather_object(everyone, held(model, optimizer))
         whole = gathered(model)
-        if args.out and group.rank == 0 and any(lora_layers(whole)):
-            save_adapter(whole, args.out, base_name=args.model)
+        if group.rank == 0:
+            if args.out and any(lora_layers(whole)):
+                save_adapter(whole, args.out, base_name=args.model)
+            elif args.out:
+                whole.save_folder(args.out)
+            report(args, done, losses, traffic, everyone)
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def report(args: argparse.Namespace, group: Group, model: nn.Module, optimizer: torch.optim.Optimizer,
-           losses: list[float], traffic: Traffic) -> None:
-    """Rank 0 says what a step sends, and writes the JSON file, with what each process holds."""
+def report(args: argparse.Namespace, done: int, losses: list[float], traffic: Traffic, everyone: list[dict]) -> None:
+    """What a step sends, and the JSON file, with the losses since this start and what each process holds."""
     a_step = dict(sorted(traffic.given.items()))
-    everyone: list = [None] * group.size
-    dist.all_gather_object(everyone, held(model, optimizer))
-    if group.rank == 0:
-        print("bytes a step: " + (", ".join(f"{kind} {size:,.0f}" for kind, size in a_step.items()) or "none"))
-        if args.report:
-            write_text(args.report, json.dumps({"losses": losses, "bytes a step": a_step, "held": everyone}) + "\n")
+    print("bytes a step: " + (", ".join(f"{kind} {size:,.0f}" for kind, size in a_step.items()) or "none"))
+    if args.report and losses:
+        write_text(args.report, json.dumps({"first step": done + 1, "losses": losses, "bytes a step": a_step,
+                                            "held": everyone}) + "\n")
+    elif args.report:
+        print(f"all {args.steps} steps were made before: {args.report} is left as it is.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, RuntimeError, OSError) as refused:
+        sys.exit(f"process {os.environ.get('RANK', 0)}: {refused}")

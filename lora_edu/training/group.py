@@ -4,6 +4,7 @@ The loss of a step is a sum over all tokens of all processes, divided by their n
 a token in a batch with few of them would count for more, and nobody would notice.
 """
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,15 +28,21 @@ class Group:
     rank: int = 0
     size: int = 1
 
-    def mine(self, batch: Batch) -> Batch:
+    def __post_init__(self):
+        if whole(self.size) is None or whole(self.rank) is None or not 0 <= self.rank < self.size:
+            raise ValueError(f"process {self.rank!r} of {self.size!r}: the first is 0, the last {self.size!r} - 1.")
+
+    def mine(self, batch: Batch, pieces: int = 1) -> Batch:
         """This process's rows of a batch, in order; the first processes have one more where they do not divide evenly.
 
-        Raises ValueError for fewer rows than processes.
+        Raises ValueError for fewer rows than processes, or than all their pieces: in all of them, before one waits.
 
         >>> rows = torch.arange(10).view(5, 2)
         >>> [Group(rank, 2).mine((rows, rows))[0].tolist() for rank in (0, 1)]
         [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9]]]
         """
+        if self.size > 1 and whole(pieces):
+            cut(batch, self.size * pieces, "pieces of all processes" if pieces > 1 else "processes")
         return batch if self.size == 1 else cut(batch, self.size, "processes")[self.rank]
 
     def total(self, value: float, device: torch.device) -> float:
@@ -45,6 +52,17 @@ class Group:
         sum_of = torch.tensor(value, dtype=torch.float64, device=device)
         dist.all_reduce(sum_of)
         return sum_of.item()
+
+    def check_reached(self, trained: Sequence[nn.Parameter], first: bool) -> None:
+        """Raise ValueError in all processes where after the first backward pass of several one has a parameter without
+        a gradient: DDP waits for all of them, sends none until then, and the processes would go apart.
+        """
+        if self.size == 1 or not first:
+            return
+        missing = sum(p.requires_grad and p.grad is None for p in trained)
+        if self.total(float(missing), trained[0].device):
+            raise ValueError(f"{missing} of {len(trained)} tensors that train got no gradient, and several processes "
+                             "need one for each: freeze what a batch does not use, or leave it out of target_modules.")
 
     @contextlib.contextmanager
     def sending(self, model: nn.Module, yes: bool):

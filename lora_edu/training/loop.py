@@ -216,7 +216,7 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
                 raise ValueError(f"the batches ended after {step - first_step} steps, "
                                  f"and {steps - first_step} were asked for.")
             check_batch(batch)
-            batch = processes.mine(batch)
+            batch = processes.mine(batch, pieces)
             tokens = processes.total((batch[1] != -100).sum().item(), device)
             if not tokens:
                 raise ValueError(f"step {step + 1}: no token of the batch counts, all its targets are -100: look at "
@@ -226,6 +226,7 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, lr: float, *,
                 group["lr"] = now
             optimizer.zero_grad(set_to_none=True)
             part = add_gradient(model, batch, loss_of, tokens, pieces, processes, scale.scales[0], autocast)
+            processes.check_reached(trained, first=not moved)
             scale.unscale(0, trained)
             norm = nn.utils.clip_grad_norm_(trained, max_grad_norm if max_grad_norm is not None else float("inf"))
             norm = getattr(norm, "full_tensor", lambda: norm)().item()        # of shards: over all processes

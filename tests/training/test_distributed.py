@@ -343,7 +343,7 @@ def test_a_port_that_is_taken(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                             "MASTER_PORT": str(other.getsockname()[1])}.items():
-            monkeypatch.setenv(name, value)
+            monkeypatch.setenv(name, str(value))
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(RuntimeError, match="is another training there"):
             distributed.start("cpu")
@@ -365,13 +365,6 @@ def test_a_rate_of_zero_is_a_rate(words, lr):
     assert distributed.rate(distributed.parser().parse_args(words)) == lr
 
 
-def test_a_folder_of_another_training(tmp_path, group_of_one):
-    restart.keep_settings(tmp_path / "new", {"rank": 8, "steps": 20}, Group())
-    restart.keep_settings(tmp_path / "new", {"rank": 8, "steps": 20}, Group())
-    with pytest.raises(ValueError, match="holds a training with rank 8, and now it is rank 4: give the same"):
-        restart.keep_settings(tmp_path / "new", {"rank": 4, "steps": 20}, Group())
-
-
 def test_factors_that_come_after_ddp(group_of_one):
     """In DDP they would train in every process by themselves. Oracle: before it, they are among what it sends."""
     model = model_of("full", torch.float32)
@@ -390,6 +383,137 @@ def group_of_one(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def run(monkeypatch, tiny_folder):
+    """main() as the one process that torchrun would start."""
+    def start(*words):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        distributed.main(["--model", str(tiny_folder), "--rows", "2", "--device", "cpu", *map(str, words)])
+    return start
+
+
+def test_what_was_trained_is_kept_to_the_last_step(run, tmp_path, tiny_folder):
+    """By the checkpoint, and by --out: an adapter, or the whole model."""
+    run("--steps", 3, "--every", 2, "--save", tmp_path / "run", "--out", tmp_path / "adapter", "--report",
+        tmp_path / "report.json")
+    assert (tmp_path / "run" / "latest").read_text() == "3\n"
+    report = (tmp_path / "report.json").read_text()
+    assert json.loads(report)["first step"] == 1 and len(json.loads(report)["losses"]) == 3
+    load_adapter(load_pretrained(str(tiny_folder))[0], tmp_path / "adapter")
+    run("--steps", 3, "--save", tmp_path / "run", "--report", tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_text() == report, "nothing was left to do, and nothing is lost"
+    run("--steps", 1, "--method", "full", "--out", tmp_path / "model")
+    trained, plain = (Llama.from_folder(folder) for folder in (tmp_path / "model", tiny_folder))
+    moved = {name for name, p in trained.named_parameters() if not torch.equal(p, plain.get_parameter(name))}
+    assert moved == {f"{name}.weight" for name in unfreeze_matrices(plain)}
+
+
+@pytest.mark.parametrize("words, error, message", [
+    (["--steps", 0], ValueError, "--steps 0"), (["--rows", 0], ValueError, "--rows 0"),
+    (["--pieces", -1], ValueError, "--pieces -1"), (["--every", 0], ValueError, "--every 0"),
+    (["--out", "FILE"], FileExistsError, "is a file, and a folder"), (["--save", "FILE"], FileExistsError, "is a file"),
+    (["--report", "FILE/x.json"], FileNotFoundError, "name a file in a folder that exists"),
+    (["--report", "FOLDER"], FileNotFoundError, "name a file in a folder that exists")])
+def test_what_could_not_be_kept_is_refused_before_it_begins(words, error, message, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    places = {"FILE": str(tmp_path / "file"), "FOLDER": str(tmp_path), "FILE/x.json": str(tmp_path / "file" / "x.json")}
+    with pytest.raises(error, match=message):
+        distributed.main([places.get(word, str(word)) for word in words])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_goes_on_with_its_own_training_only(run, tmp_path, tiny_folder):
+    with pytest.raises(ValueError, match="lr=nan"):
+        run("--lr", "nan", "--save", tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "what was refused leaves no mark"
+    run("--steps", 2, "--save", tmp_path / "run")
+    run("--steps", 2, "--save", tmp_path / "run", "--lr", "0.01")              # the default, said aloud
+    with pytest.raises(ValueError, match="holds a training with rank 8, and now it is rank 4: give the same"):
+        run("--steps", 2, "--save", tmp_path / "run", "--rank", 4)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    torch.manual_seed(9)
+    Llama(LlamaConfig(2048, 32, 48, 2, 2, 2, 256)).save_folder(other)
+    file = tmp_path / "run" / "settings.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"model": str(other)}))
+    with pytest.raises(ValueError, match="holds a training with base [0-9a-f]{12}, and now it is base"):
+        run("--steps", 2, "--save", tmp_path / "run", "--model", other)
+    file.unlink()
+    with pytest.raises(ValueError, match="has checkpoints and no settings.json"):
+        run("--steps", 2, "--save", tmp_path / "run")
+
+
+@pytest.mark.parametrize("latest", ["", "seven", "9"])
+def test_a_latest_that_names_no_checkpoint(latest, tmp_path):
+    (tmp_path / "latest").write_text(latest)
+    with pytest.raises(ValueError, match="and no such checkpoint is beside it"):
+        restart.newest(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_model_is_as_it_was(group_of_one, tmp_path):
+    model = model_of("lora", torch.float32)
+    optimizer = adamw(model)
+    list(train(model, batches(), 2, 1e-2, optimizer=optimizer))
+    restart.save_checkpoint(tmp_path / "run", model, optimizer, 2, Group())
+    (part,) = (tmp_path / "run" / "step-2").glob("*.distcp")
+    whole, meta = part.read_bytes(), tmp_path / "run" / "step-2" / ".metadata"
+    for spoil in (lambda: part.write_bytes(whole[:len(whole) // 2]), lambda: part.write_bytes(b""), meta.unlink):
+        spoil()
+        other = model_of("lora", torch.float32)
+        before = [p.clone() for p in other.parameters()]
+        with pytest.raises(ValueError, match="step-2 is damaged, or of another model"):
+            restart.load_checkpoint(tmp_path / "run", other, adamw(other))
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), before))
+
+
+@pytest.mark.parametrize("rank, size", [(-1, 2), (2, 2), ("0", 2), (0, 0), (0, 2.0)])
+def test_a_process_that_there_is_not(rank, size):
+    with pytest.raises(ValueError, match="the first is 0"):
+        Group(rank, size)
+
+
+class Pair(Group):
+    """Two processes of which the other is played: it finds what this one finds."""
+
+    def total(self, value, device):
+        return 2 * value
+
+
+def test_more_pieces_than_the_smallest_share_has_rows():
+    """In every process, before one waits for the other."""
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="5 rows for 6 pieces of all processes"):
+            next(train(model_of("lora", torch.float64), batches(), 1, 1e-2, processes=Pair(rank, 2), pieces=3))
+
+
+def test_what_a_batch_does_not_reach_is_refused_before_the_processes_go_apart():
+    model = model_of("lora", torch.float64)
+    model.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="1 of .* tensors that train got no gradient"):
+        next(train(model, batches(), 1, 1e-2, processes=Pair(0, 2)))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+    next(train(model, batches(), 1, 1e-2))                                  # alone it may be so
+
+
+def test_what_was_tied_is_gathered_as_tied(group_of_one):
+    model = model_of("full", torch.float32, tied=True)
+    whole = distributed.gathered(distributed.spread(model, "fsdp", Group(), torch.device("cpu")))
+    assert whole.lm_head.weight is whole.model.embed_tokens.weight
+
+
+def test_a_refusal_is_a_sentence():
+    done = subprocess.run([sys.executable, "-m", "lora_edu.training.distributed", "--steps", "0"], cwd=ROOT, env=ENV,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "process 0: --steps 0: choose a whole number, 1 or more.\n"
+
+
 def test_an_unknown_strategy():
     with pytest.raises(ValueError, match="strategy='pipeline'"):
         distributed.spread(model_of("lora", torch.float32), "pipeline", Group(0, 1), torch.device("cpu"))
@@ -398,8 +522,3 @@ def test_an_unknown_strategy():
 def test_fsdp_of_a_model_whose_blocks_nobody_named():
     with pytest.raises(ValueError, match="this is a Sequential, .* choose 'ddp', or train it with PEFT"):
         distributed.spread(nn.Sequential(nn.Linear(2, 2)), "fsdp", Group(), torch.device("cpu"))
-
-
-def test_a_checkpoint_every_so_many_steps():
-    with pytest.raises(ValueError, match="--every 0: choose a whole number"):
-        distributed.main(["--save", "run", "--every", "0"])
