@@ -244,8 +244,9 @@ def _share_out(parts: dict[str, float], sizes: Sizes, full: bool, byte: Recipe, 
     """One process's part of a bill. DDP keeps everything in each, and the gradients a second time, in the buckets that
     it sends. FSDP2 keeps a share of each tensor (even here; of an A with fewer rows than there are processes some have
     nothing). While it works there are, whole, what is outside the blocks and, in the backward pass, twice a block (in
-    use, and the next one's buffer) and twice a block's gradients (its own, and the last one's buffer); a head that
-    trains has its gradient whole until the end. So torch's own accounting has it; NCCL and gloo may copy once more.
+    use, and the next one's buffer) and twice a block's gradients (its own, and the last one's buffer; of one or two
+    blocks less); a head that trains has its gradient whole until the end. So torch's own accounting has it; NCCL and
+    gloo may copy once more.
     """
     if strategy == "ddp":
         parts["in transit"] = parts["gradients"]
@@ -255,7 +256,7 @@ def _share_out(parts: dict[str, float], sizes: Sizes, full: bool, byte: Recipe, 
     block = (parts["weights"] + parts["adapter"] - outside) / sizes.layers
     sent = (parts["gradients"] - full * numbers * byte.gradient) / sizes.layers
     head = full * sizes.vocab * sizes.hidden * byte.gradient
-    parts["in transit"] = outside + head + 2 * block + 2 * sent
+    parts["in transit"] = outside + head + 2 * block + min(2, sizes.layers - 1) * sent
     for name in ("weights", "adapter", "gradients", "optimizer states"):
         parts[name] /= processes
 

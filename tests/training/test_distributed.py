@@ -178,16 +178,16 @@ def sharded_step(model, processes):
     return max((sum(moment.get(kind, 0) for kind in IN_TRANSIT), moment["TEMP"]) for moment in moments)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes, layers", [(2, 4), (4, 4), (2, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("name, recipe", MEMORY_RUNS)
-def test_what_fsdp_has_in_transit_is_what_the_bill_says(name, recipe, processes):
+def test_what_fsdp_has_in_transit_is_what_the_bill_says(name, recipe, processes, layers):
     """Oracle: torch's FSDPMemTracker, which follows every tensor of FSDP2 by its kind."""
     method, dtype = name.split()
-    model = Llama(LlamaConfig(300, 128, 344, 4, 4, 4, 64)).to(getattr(torch, dtype)).requires_grad_(True)
+    model = Llama(LlamaConfig(300, 128, 344, layers, 4, 4, 64)).to(getattr(torch, dtype)).requires_grad_(True)
     if method == "lora":
         apply_lora(model, rank=4)
     most, other = sharded_step(model, processes)
-    said = bill(Sizes("llama", 300, 128, 344, 4, 4, 4, 64, 32), method, rank=4, recipe=recipe, length=8,
+    said = bill(Sizes("llama", 300, 128, 344, layers, 4, 4, 64, 32), method, rank=4, recipe=recipe, length=8,
                 strategy="fsdp", processes=processes).parts["in transit"]
     head = 4 * 300 * 128 if method == "full" else 0          # its gradient: torch has it in what comes and goes
     assert most + head == said
