@@ -103,8 +103,9 @@ def _trained_beside(model: nn.Module) -> tuple[dict[str, dict[str, torch.Tensor]
                              "no place for both: freeze them (requires_grad_(False)), or save the whole model.")
         found[plain_name(name)] = _state(module)
     entries = list(found)
-    chosen = {plain_name(name): module for name, module in model.named_modules() if plain_name(name).endswith(
-        tuple(entries)) and plain_name(name) not in found} if entries else {}
+    chosen = {name: module for name, module in model.named_modules() if name.endswith(tuple(entries))
+              and not name.endswith("base_layer")} if entries else {}
+    chosen = {plain_name(name): module for name, module in chosen.items() if plain_name(name) not in found}
     both = [name for name in chosen if any(f"{plain_name(a)}.".startswith(f"{name}.") for a in adapted)]
     if both:
         raise ValueError(f"{shorten(entries, 2)} trains whole, and PEFT finds whole modules by how their names end: "
@@ -229,8 +230,11 @@ def fit_adapter(model: nn.Module, linears: Mapping[str, nn.Module], folder: Path
     it may go beside, by name.
     """
     config, stored, base = read_adapter(folder)
+    wanted = config["target_modules"]
+    if isinstance(wanted, list):                        # PEFT passes over an entry that finds nothing, if others do
+        wanted = [entry for entry in wanted if any(ends_in(name, entry) for name in linears)] or wanted
     try:
-        targets = [name for name in find_targets(model, linears, config["target_modules"])
+        targets = [name for name in find_targets(model, linears, wanted)
                    if not left_out(config, plain_name(name))]
     except re.error as error:
         raise ValueError(f"{folder / CONFIG}: an entry of exclude_modules, modules_to_save or layers_pattern is no "

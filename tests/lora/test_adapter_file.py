@@ -96,7 +96,7 @@ def rename(tensors):
     (lambda f: edit(f, lambda t: t.update(more=torch.zeros(2))), ValueError, "1 tensors have no place"),
     (lambda f: edit(f, rename), ValueError, "missing.*no place"),
     (lambda f: set_key(f, r=3), ValueError, "another shape"),
-    (lambda f: set_key(f, target_modules=["q_proj", "v_porj"]), ValueError, "Did you mean 'v_proj'"),
+    (lambda f: set_key(f, target_modules=["v_porj"]), ValueError, "Did you mean 'v_proj'"),
     (lambda f: set_key(f, use_dora=True), ValueError, "use_dora"),
     (lambda f: set_key(f, rank_pattern={"q_proj": 4}), ValueError, "another shape"),
     (lambda f: set_key(f, peft_type="IA3"), ValueError, "IA3"),

@@ -151,9 +151,10 @@ def test_a_tied_embedding_that_was_trained(together, tmp_path):
     torch.testing.assert_close(said(again), said(mine), atol=1e-5, rtol=1e-5)
 
 
-# twenty-one ways to say where a LoRA goes and how large it is there; the rules of each are PEFT's own
+# ways to say where a LoRA goes and how large it is there; the rules of each are PEFT's own
 PATTERNS = [
     {"target_modules": ["q_proj"]},
+    {"target_modules": ["q_proj", "query_key_value", "c_attn"]},            # of which a Llama has one
     {"target_modules": ["self_attn.q_proj", "gate_proj"]},
     {"target_modules": ["model.layers.1.mlp.up_proj"]},
     {"target_modules": r".*\.(q|k)_proj"},
@@ -179,7 +180,7 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("config", PATTERNS, ids=range(len(PATTERNS)))
-def test_twenty_one_ways_to_say_where(config, tmp_path):
+def test_ways_to_say_where(config, tmp_path):
     """The same layers, scalings and logits as PEFT, from PEFT's file; and once more from ours."""
     theirs = get_peft_model(qwen_untied(), LoraConfig(r=2, lora_alpha=6, **config))
     shake_peft(theirs)
