@@ -20,7 +20,7 @@ from lora_edu.checkpoints.convert import convert_adapter
 from lora_edu.checkpoints.deltas import Deltas, deltas
 from lora_edu.checkpoints.extract import extract_lora
 from lora_edu.checkpoints.gguf_file import adapter_to_gguf
-from lora_edu.files import checksum, write_text, write_whole
+from lora_edu.files import check_place, checksum, write_text, write_whole
 from lora_edu.lora.inspection import inspect_adapter
 from lora_edu.measure.memory import OPTIMIZERS, RECIPES, bill
 from lora_edu.measure.spectra import spectrum
@@ -216,14 +216,6 @@ def ending(name: str) -> str:
     """The end of a path, short enough for a title."""
     short = Path(name).name or name
     return short if len(short) <= 28 else "…" + short[-27:]
-
-
-def check_place(file: Path) -> None:
-    """Raise OSError, before any work, where this file could not be written after it."""
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {file.parent} to write {file.name} in: make it first.")
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise PermissionError(f"{file} {'is a folder' if file.is_dir() else 'may not be written'}: give another name.")
 
 
 def measure(pair: Deltas) -> tuple[dict[str, dict], list[tuple[str, ...]]]:

@@ -150,6 +150,14 @@ def damaged(file: Path, error: SafetensorError) -> ValueError:
     return ValueError(f"{file} is damaged or no safetensors file ({error}): fetch it again.")
 
 
+def check_place(file: Path) -> None:
+    """Raise OSError, before any work, where this file could not be written after it."""
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} to write {file.name} in: make it first.")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"{file} {'is a folder' if file.is_dir() else 'may not be written'}: give another name.")
+
+
 def checksum(file: Path) -> str:
     """The file's sha256, in hexadecimal."""
     with file.open("rb") as f:

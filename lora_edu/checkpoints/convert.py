@@ -24,7 +24,7 @@ from lora_edu.lora.adapter_config import patterns
 from lora_edu.lora.adapter_file import adapter_config, target_modules, write_adapter
 from lora_edu.lora.fingerprint import fingerprint_of
 from lora_edu.lora.layer import FLOATS
-from lora_edu.lora.targets import ends_in, shorten
+from lora_edu.lora.targets import by_ending, ends_in, shorten
 from lora_edu.numbers import low_to_high, real
 from lora_edu.tables import ShowsTables, Table
 
@@ -54,11 +54,8 @@ class ConvertReport(ShowsTables):
     folder: Path
 
     def tables(self) -> list[Table]:
-        kinds: dict[str, list[Pair]] = {}
-        for name, pair in self.pairs.items():
-            kinds.setdefault(name.rpartition(".")[2], []).append(pair)
         rows = [(ending, str(len(pairs)), low_to_high(len(p.A) for p in pairs), low_to_high(p.alpha for p in pairs))
-                for ending, pairs in kinds.items()]
+                for ending, pairs in by_ending(self.pairs).items()]
         return [Table(("layer", "count", "rank", "alpha"), rows,
                       f"{self.layout}: {len(self.pairs)} pairs of factors, all of them placed; {self.bytes:,} bytes in "
                       f"{self.folder}.")]

@@ -17,16 +17,16 @@ from torch import nn
 
 from lora_edu.files import read_pickled, read_tensors, write_together
 from lora_edu.lora.adapter_config import CONFIG, config_of, for_layer, left_out, read_config
-from lora_edu.lora.factors import copy_all, lora_layers, lora_state_dict, refuse_adapted, some_lora_layers
+from lora_edu.lora.factors import copy_all, lora_state_dict, refuse_adapted, some_lora_layers
 from lora_edu.lora.fingerprint import BASE, differs, fingerprint
 from lora_edu.lora.inject import LoRAReport, all_or_nothing, check_layers, wrap_layers
 from lora_edu.lora.layer import FLOATS, features, is_linear, is_plain_conv
 from lora_edu.lora.misfit import all_finite, explain_misfit
 from lora_edu.lora.targets import ends_in, find_targets, plain_name, shorten, tied_parameters, unwrap, unwrap_to_train
 from lora_edu.lora.training_state import write_training
+from lora_edu.lora.whole_modules import make_room, remember, whole_modules, whole_places
 
 PREFIX, TENSORS, OLD_TENSORS = "base_model.model.", "adapter_model.safetensors", "adapter_model.bin"
-EMBEDDINGS = ("embed_tokens", "lm_head")            # the names by which PEFT knows an embedding and its head
 
 
 def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32,
@@ -70,7 +70,7 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
     model = unwrap(model)
     layers = {plain_name(name): layer for name, layer in some_lora_layers(model)}
     modules = [plain_name(name) for name, _ in model.named_modules() if ".base_layer" not in name]
-    beside, entries = _trained_beside(model)
+    beside, entries = whole_modules(model)
     generates = hasattr(model, "prepare_inputs_for_generation") or hasattr(model, "new_cache")
     config = adapter_config(base_name, target_modules(list(layers), modules)) | config_of(layers) | {
         "task_type": "CAUSAL_LM" if generates else None, "modules_to_save": entries or None}
@@ -84,37 +84,6 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype = torc
         check_finite(tensors)
         write_training(model, Path(folder), optimizer, step)
     return write_adapter(folder, tensors, config, fingerprint(model, without=tensors))
-
-
-def _trained_beside(model: nn.Module) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
-    """What trains and is no factor, or came with an adapter: name of each module that holds such a parameter itself ->
-    its whole state; and the entries of modules_to_save. An entry chooses every module whose name ends so, "norm" an
-    "input_norm" as well: what it chooses beside is written, too, as it is.
-    """
-    adapted = [name for name, _ in lora_layers(model)]
-    found = {}                                  # of tied ones both: PEFT looks for both in the file
-    for name, module in model.named_modules():
-        if name in adapted or not (getattr(module, "comes_with_adapter", False)
-                                   or any(p.requires_grad for p in module.parameters(recurse=False))):
-            continue
-        if name.endswith(".base_layer") or name == "base_layer" or any(a.startswith(name + ".") or not name
-                                                                       for a in adapted):
-            raise ValueError(f"{name or 'the model'} has numbers that train beside the factors, and PEFT's format has "
-                             "no place for both: freeze them (requires_grad_(False)), or save the whole model.")
-        found[plain_name(name)] = _state(module)
-    entries = list(found)
-    chosen = {name: module for name, module in model.named_modules() if name.endswith(tuple(entries))
-              and not name.endswith("base_layer")} if entries else {}
-    chosen = {plain_name(name): module for name, module in chosen.items() if plain_name(name) not in found}
-    both = [name for name in chosen if any(f"{plain_name(a)}.".startswith(f"{name}.") for a in adapted)]
-    if both:
-        raise ValueError(f"{shorten(entries, 2)} trains whole, and PEFT finds whole modules by how their names end: "
-                         f"{shorten(both, 2)} ends so and has factors. Give the module a name of its own.")
-    return found | {name: _state(module) for name, module in chosen.items()}, entries
-
-
-def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {end: tensor.detach() for end, tensor in module.state_dict().items()}
 
 
 def adapter_config(base_name: str | None, targets: list[str] | str) -> dict:
@@ -196,16 +165,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, any_base: bool = False
     check_layers(model, list(found.settings))
     with all_or_nothing(model):
         wrap_layers(model, {name: (linears[name], each | {"any_rank": True}) for name, each in found.settings.items()})
-        _untie(model, found)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if plain_name(name) in found.trained:
-                parameter.requires_grad_(True)
+        make_room(model, found.heads, found.alone, found.trained)
         factors = {f"{name}.weight": t for name, t in lora_state_dict(model).items()}
         copy_all(found.stored, factors | found.heads)               # last: stopped on the way, it puts all back
-    for name, module in model.named_modules():
-        if not name.endswith("base_layer") and any(f"{plain_name(name)}.{end}" in found.heads
-                                                   for end, _ in module.named_parameters(recurse=False)):
-            module.comes_with_adapter = True                        # so that it is written again with it
+    remember(model, found.heads)
     model.eval()
     plain = [name for name, layer in linears.items() if name not in found.settings and is_linear(layer)]
     return LoRAReport.of(model, plain, note=" ".join(found.notes))
@@ -240,13 +203,7 @@ def fit_adapter(model: nn.Module, linears: Mapping[str, nn.Module], folder: Path
         raise ValueError(f"{folder / CONFIG}: an entry of exclude_modules, modules_to_save or layers_pattern is no "
                          f"regular expression ({error}).") from None
     settings = {name: for_layer(config, plain_name(name)) for name in targets}
-    saved, tied = _modules_to_save(model, config["modules_to_save"], stored), tied_parameters(model)
-    # PEFT keeps together what is asked for by these names alone
-    together = config["ensure_weight_tying"] and any(entry.rpartition(".")[2] in EMBEDDINGS
-                                                     for entry in config["modules_to_save"])
-    alone = [] if together else [name for name in saved if name in tied]
-    heads = saved | _embeddings(model, stored)
-    heads |= {name: heads[name].clone() for name in alone}          # its own from here on, as in PEFT
+    heads, alone, trained = whole_places(model, config, stored)
     wrong = explain_misfit(stored, _places(linears, settings) | heads)
     if wrong:
         raise ValueError(f"the adapter in {folder} does not fit this model: {wrong}")
@@ -258,23 +215,7 @@ def fit_adapter(model: nn.Module, linears: Mapping[str, nn.Module], folder: Path
     above = [name for name, each in settings.items() if each["rank"] > min(features(linears[name]))]
     notes += [f"The rank is above the smaller side of {shorten(above, 3)}."] if above else []
     notes += [f"{shorten(alone, 2)} was tied to another weight and is its own now, as in PEFT."] if alone else []
-    return Fitted(settings, stored, heads, notes, alone, list(saved))
-
-
-def _untie(model: nn.Module, found: Fitted) -> None:
-    for name in found.alone:
-        module, _, end = name.rpartition(".")
-        setattr(model.get_submodule(module), end, nn.Parameter(found.heads[name], requires_grad=False))
-
-
-def _embeddings(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's own tensors that a file brings unasked: PEFT saves an embedding or a head that is a target, or that
-    grew, beside the factors, and puts it back when it loads.
-    """
-    own = {plain_name(name): p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    found = {name: name.replace(".base_layer.", ".") for name in stored if ".lora_" not in name}
-    return {name: own[plain] for name, plain in found.items()
-            if plain in own and plain.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS}
+    return Fitted(settings, stored, heads, notes, alone, trained)
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str | None]:
@@ -352,21 +293,3 @@ def _places(linears: Mapping[str, nn.Module], settings: Mapping[str, dict]) -> d
         for end, shape in (("A", A), ("B", (out, each["rank"], *(1 for _ in kernel)))):
             places[f"{plain_name(name)}.lora_{end}.weight"] = torch.empty(shape, device="meta")
     return places
-
-
-def _modules_to_save(model: nn.Module, entries: list[str], stored: Mapping[str, torch.Tensor]
-                     ) -> dict[str, torch.Tensor]:
-    """The model's own tensors that the file's whole modules replace: name -> tensor. As in PEFT an entry is the ending
-    of a name, of a part of it too, and one that finds nothing is passed over: PEFT writes "classifier" and "score" for
-    every classifier.
-    """
-    heads = {}
-    for entry in entries:
-        modules = {name: module for name, module in model.named_modules(remove_duplicate=False)
-                   if name and plain_name(name).endswith(entry)}
-        if not modules and any(f".{entry}." in f".{name}" for name in stored):
-            raise ValueError(f"the config saves a module {entry!r} whole, and this {type(model).__name__} has none: "
-                             "build the model with that head first.")
-        heads |= {f"{plain_name(name)}.{end}": t for name, module in modules.items()
-                  for end, t in _state(module).items()}
-    return heads

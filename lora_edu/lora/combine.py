@@ -19,7 +19,7 @@ from lora_edu.lora.adapter_config import CONFIG, patterns
 from lora_edu.lora.adapter_file import adapter_config, pairs_of, read_adapter, write_adapter
 from lora_edu.lora.fingerprint import same_base
 from lora_edu.lora.settings import scaling_of
-from lora_edu.lora.targets import shorten
+from lora_edu.lora.targets import by_ending, shorten
 from lora_edu.numbers import real, whole
 from lora_edu.tables import ShowsTables, Table
 
@@ -37,12 +37,9 @@ class CombineReport(ShowsTables):
     folder: Path
 
     def tables(self) -> list[Table]:
-        kinds: dict[str, list[str]] = {}
-        for name in self.ranks:
-            kinds.setdefault(name.rpartition(".")[2], []).append(name)
-        rows = [(ending, str(len(names)), str(max(self.ranks[n] for n in names)),
-                 f"{max(self.lost[n] for n in names):.1%}")
-                for ending, names in kinds.items()]
+        lost = by_ending(self.lost)
+        rows = [(ending, str(len(ranks)), str(max(ranks)), f"{max(lost[ending]):.1%}")
+                for ending, ranks in by_ending(self.ranks).items()]
         return [Table(("layer", "count", "rank", "lost at most"), rows,
                       f"{self.total_lost:.1%} of the sum is lost (‖sum - kept‖ / ‖sum‖); {self.bytes:,} bytes.")]
 

@@ -50,10 +50,10 @@ def differs(said: str, model: nn.Module) -> str | None:
 
 def same_base(one: str, other: str) -> bool:
     """Do two fingerprints agree in what both of them hold? There must be something that both hold."""
-    (left, right), close = map(_read, (one, other)), dict(rtol=ROUNDING, atol=SMALLEST)
-    both = [(left[name], right[name]) for name in left if name in right]
-    return bool(both) and all(a[0] == b[0] and torch.allclose(*map(torch.tensor, (a[1], b[1])), **close)
-                              for a, b in both)
+    left, right = _read(one), _read(other)
+    both = [(*left[name], *right[name]) for name in left if name in right]
+    return bool(both) and all(shape == its and torch.allclose(torch.tensor(values), torch.tensor(its_values), ROUNDING,
+                                                              SMALLEST) for shape, values, its, its_values in both)
 
 
 def _read(said: str) -> dict:

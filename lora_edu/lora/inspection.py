@@ -14,7 +14,7 @@ from lora_edu.lora.adapter_file import PREFIX, plain_tensors, stored_tensors, te
 from lora_edu.lora.fingerprint import BASE
 from lora_edu.lora.misfit import all_finite
 from lora_edu.lora.settings import scaling_of
-from lora_edu.lora.targets import shorten
+from lora_edu.lora.targets import by_ending, shorten
 from lora_edu.numbers import low_to_high
 from lora_edu.tables import ShowsTables, Table
 
@@ -42,12 +42,9 @@ class AdapterFacts(ShowsTables):
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row for each name ending."""
-        kinds: dict[str, list[str]] = {}
-        for name in self.ranks:
-            kinds.setdefault(name.rpartition(".")[2], []).append(name)
-        return [(ending, str(len(names)), *(low_to_high([values[name] for name in names], ".3g")
-                                            for values in (self.ranks, self.scalings, self.norms)))
-                for ending, names in kinds.items()]
+        kinds = [by_ending(values) for values in (self.ranks, self.scalings, self.norms)]
+        return [(ending, str(len(ranks)), *(low_to_high(kind[ending], ".3g") for kind in kinds))
+                for ending, ranks in kinds[0].items()]
 
     def tables(self) -> list[Table]:
         said = (f"{self.file_bytes:,} bytes: {self.number_bytes:,} of numbers ({', '.join(self.dtypes)}) and a "

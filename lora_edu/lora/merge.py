@@ -18,7 +18,7 @@ from lora_edu.lora.factors import some_lora_layers
 from lora_edu.lora.inject import replace
 from lora_edu.lora.layer import LoRALinear
 from lora_edu.lora.quantized import base_weight, is_quantized, plain_layer
-from lora_edu.lora.targets import shorten, unwrap
+from lora_edu.lora.targets import by_ending, shorten, unwrap
 from lora_edu.tables import ShowsTables, Table
 
 
@@ -86,10 +86,8 @@ class MergeReport(ShowsTables):
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row for each name ending."""
-        kinds: dict[str, list[Rounding]] = {}
-        for name, part in self.parts.items():
-            kinds.setdefault(name.rpartition(".")[2], []).append(part)
-        return [(ending, str(len(parts)), *Rounding.total(*parts).cells()) for ending, parts in kinds.items()]
+        return [(ending, str(len(parts)), *Rounding.total(*parts).cells())
+                for ending, parts in by_ending(self.parts).items()]
 
     def summary(self) -> str:
         size, lost, error = self.total.cells()

@@ -9,7 +9,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -82,6 +82,14 @@ def find_targets(model: nn.Module, linears: dict[str, nn.Module], target_modules
 
 def ends_in(name: str, entry: str) -> bool:
     return ("." + plain_name(name)).endswith("." + entry)
+
+
+def by_ending(named: Mapping) -> dict[str, list]:
+    """What lies under names of one ending, such as "q_proj", together, in order."""
+    kinds: dict[str, list] = {}
+    for name, each in named.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(each)
+    return kinds
 
 
 def _near_misses(entry: str, linears: dict[str, nn.Module]) -> str:

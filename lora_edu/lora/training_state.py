@@ -79,7 +79,7 @@ def load_training(model: nn.Module, folder: str | Path, optimizer: torch.optim.O
     names = _names(model, optimizer)
     other = _difference(said, model, optimizer, names)
     moving, values, numbers = _moving(model, names), _part(tensors, "parameter"), _part(tensors, "optimizer")
-    wrong = other or misfit(values, moving) or misfit(numbers, numbers)
+    wrong = other or misfit(values, moving) or misfit(numbers, numbers)         # of itself: is every number finite?
     if wrong:
         raise ValueError(f"{file} is of another training: {wrong}. Make the model and the optimizer as they were made "
                          "then.")
@@ -88,10 +88,8 @@ def load_training(model: nn.Module, folder: str | Path, optimizer: torch.optim.O
         name, _, entry = key.rpartition(" ")
         state.setdefault(name, {})[entry] = value
     order = [name for group in said["groups"] for name in group["params"]]
-    groups, at = [], 0
-    for group in said["groups"]:
-        groups.append(group | {"params": list(range(at, at + len(group["params"])))})
-        at += len(group["params"])
+    groups = [own | group | {"params": [order.index(name) for name in group["params"]]}      # another torch's may
+              for group, own in zip(said["groups"], optimizer.param_groups)]                 # have other settings
     optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order) if state[name]},
                                "param_groups": groups})
     copy_all(values, moving)
@@ -160,8 +158,6 @@ def _difference(said: dict, model: nn.Module, optimizer: torch.optim.Optimizer, 
     if groups != theirs:
         odd = sorted(set(sum(groups, [])) ^ set(sum(theirs, [])))
         return f"{shorten(odd, 2)} train in one of them alone" if odd else "the optimizer's groups have another order"
-    if odd := [name for one, own in zip(said["groups"], optimizer.param_groups) for name in one.keys() ^ own.keys()]:
-        return f"its optimizer's groups differ in {shorten(sorted(set(odd)), 3)}"
     scalings = _scalings(model)
     odd = [name for name, scaling in scalings.items() if said["scalings"].get(name) != scaling]
     return f"the scaling of {shorten(odd, 2)} is another" if odd or len(scalings) != len(said["scalings"]) else ""

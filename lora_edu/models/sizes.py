@@ -46,10 +46,8 @@ class Sizes:
                              f"model_type 'llama' or 'gpt2', or one of the presets: {', '.join(PRESETS)}.")
         for name in ("vocab", "hidden", "wide", "layers", "heads", "kv_heads", "context", "head_dim"):
             value = whole(getattr(self, name))
-            if value is None or value < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: a size is a whole number, 1 or more.")
-            if value > 2**40:
-                raise ValueError(f"{name} is above 2**40: no model has that many.")
+            if value is None or not 0 < value < 2**40:
+                raise ValueError(f"{name}={repr(getattr(self, name))[:40]}: a size is a whole number from 1 to 2**40.")
             object.__setattr__(self, name, value)
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly.")
@@ -178,8 +176,6 @@ PRESETS = {
     "llama-3.1-70b": _llama(128256, 8192, 28672, 80, 64, 8, 131072),
     "gpt3-175b": _gpt2(12288, 96, 96, 2048),
 }
-
-
 
 
 def sizes_of(name: str | Path) -> Sizes:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lora_edu.files import write_text
+from lora_edu.files import check_place, write_text
 from lora_edu.lora.adapter_file import save_adapter
 from lora_edu.lora.factors import lora_layers
 from lora_edu.lora.fingerprint import fingerprint
@@ -100,10 +100,8 @@ def gathered(model: nn.Module) -> nn.Module:
     for module in inner.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if hasattr(parameter, "full_tensor"):
-                if parameter not in wholes:
-                    whole = parameter.full_tensor().detach()
-                    wholes[parameter] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-                module._parameters[name] = wholes[parameter]
+                whole = nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
+                module._parameters[name] = wholes.setdefault(parameter, whole)
     return inner
 
 
@@ -149,8 +147,8 @@ def check(args: argparse.Namespace) -> None:
     for folder in filter(None, (args.save, args.out)):
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file, and a folder is asked for: choose another name.")
-    if args.report and (args.report.is_dir() or not args.report.parent.is_dir()):
-        raise FileNotFoundError(f"--report {args.report} cannot be written there: name a file in a folder that exists.")
+    if args.report:
+        check_place(args.report)
 
 
 def prepared(args: argparse.Namespace, group: Group, device: torch.device):

@@ -364,6 +364,18 @@ def test_a_text_that_is_too_long_is_told_so_and_the_next_is_written(fable):
     assert page.locator(".say").inner_text().startswith("strength")
 
 
+def test_where_the_weights_do_not_come_nothing_breaks(visit):
+    page = visit("claims", counted=False)                    # a file that is not there is an error in the console
+    page.route("**/*.safetensors", lambda route: route.abort())
+    page.goto(page.url.replace("claims", "index"))
+    page.get_by_text("fable could not be opened here").first.wait_for()
+    for name in ("a card", "another", "stop", "write it"):
+        page.get_by_role("button", name=name, exact=True).click()
+    page.get_by_role("slider", name="strength").press("End")
+    page.wait_for_timeout(700)
+    assert "fable could not be opened here" in page.locator(".say").inner_text()
+
+
 def test_a_kernel_sends_the_same_files_as_bytes(visit):
     """In JupyterLab and Colab binary data comes as a DataView."""
     page = visit("index")

@@ -417,8 +417,8 @@ def test_what_was_trained_is_kept_to_the_last_step(run, tmp_path, tiny_folder):
     (["--steps", 0], ValueError, "--steps 0"), (["--rows", 0], ValueError, "--rows 0"),
     (["--pieces", -1], ValueError, "--pieces -1"), (["--every", 0], ValueError, "--every 0"),
     (["--out", "FILE"], FileExistsError, "is a file, and a folder"), (["--save", "FILE"], FileExistsError, "is a file"),
-    (["--report", "FILE/x.json"], FileNotFoundError, "name a file in a folder that exists"),
-    (["--report", "FOLDER"], FileNotFoundError, "name a file in a folder that exists")])
+    (["--report", "FILE/x.json"], FileNotFoundError, "there is no folder .* to write x.json in"),
+    (["--report", "FOLDER"], PermissionError, "is a folder: give another name")])
 def test_what_could_not_be_kept_is_refused_before_it_begins(words, error, message, tmp_path):
     (tmp_path / "file").write_text("mine")
     places = {"FILE": str(tmp_path / "file"), "FOLDER": str(tmp_path), "FILE/x.json": str(tmp_path / "file" / "x.json")}

@@ -39,6 +39,7 @@ export default { render({ model, el }) {
     ...pieces.map(([words, strength]) => h("span", { title: `strength ${strength.toFixed(1)}`, style: `color:${voice(page, strength)}` }, words)));
     text.scrollTop = text.scrollHeight; };
   async function write() {
+    if (!live) return;
     written = page.state.prompt;
     const mine = ++run, ids = live.tokenizer.encode(asked(written)), random = randomFrom(seed), room = data.config.max_position_embeddings;
     const tokens = [];
@@ -94,7 +95,7 @@ export default { render({ model, el }) {
   page.draw = (state) => {
     show();
     prompts.forEach((button) => button.setAttribute("aria-pressed", button.dataset.prompt === state.prompt));
-    if (live && state.prompt !== written) setTimeout(() => { if (state.prompt !== written) write(); });    // set, or the browser's back
+    if (live && state.prompt !== written) setTimeout(() => { if (page.state.prompt !== written) write(); });    // set, or the browser's back
     if (drawn !== state.strength) {
       drawn = state.strength;
       losses = null;

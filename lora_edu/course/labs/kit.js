@@ -137,13 +137,14 @@ function slider(page, name, { label, values, text = String, wide = false, bare =
   return h("div", { class: wide ? "control wide" : "control line" }, ...(bare ? [input]
     : [h("span", { "aria-hidden": "true" }, label), input, value]));
 }
+const known = (name, options) => (state) => (options.some(([value]) => value === state[name]) ? state[name] : options[0][0]);
 const nearest = (values, wanted) => values.reduce((best, value, i) =>
   Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best, 0);
 
 // options: [[value, text], ...]; why(value, state): a sentence where the value cannot be, which is then shown.
 function choices(page, name, { label, options, why = () => "", set = (value) => page.set({ [name]: value }) }) {
   const note = h("span", { class: "note" });
-  page.snap[name] = (state) => (options.some(([value]) => value === state[name]) ? state[name] : options[0][0]);
+  page.snap[name] = known(name, options);
   const buttons = options.map(([value, text]) => h("button", { type: "button", "data-name": name, "data-value": value,
     onclick: () => { if (!why(value, page.state)) set(value); } }, text));
   page.shown.push((state) => {
@@ -161,7 +162,7 @@ function choices(page, name, { label, options, why = () => "", set = (value) => 
 function pick(page, name, { label, options }) {
   const select = h("select", { "aria-label": label, "data-name": name, onchange: () => page.set({ [name]: select.value }) },
     ...options.map(([value, text]) => h("option", { value }, text)));
-  page.snap[name] = (state) => (options.some(([value]) => value === state[name]) ? state[name] : options[0][0]);
+  page.snap[name] = known(name, options);
   page.shown.push((state) => { select.value = state[name]; });
   return h("div", { class: "control" }, h("span", { "aria-hidden": "true" }, label), select);
 }
